@@ -1,27 +1,328 @@
-//! What is on disk (format version 1). SIGNATURES FIXED, bodies being written.
+//! What is on disk, format version 1. Little-endian throughout; every page carries a CRC32C of itself (its own field taken as
+//! zero). Whatever is written in place has two slots, so that a torn write leaves the other one (mirror rule 20).
+//!
+//! `meta` of a leg (1 MiB, real zeroes at birth, so that a metadata write is an overwrite):
+//! ```text
+//!        0  superblock, slot 0          4 KiB
+//!     4096  superblock, slot 1          4 KiB
+//!    65536  bitmap page 0, slot 0       4 KiB
+//!    69632  bitmap page 0, slot 1       4 KiB
+//!    73728  bitmap page 1, slot 0 ...
+//! ```
+//! The witness: the same record without a leg, slots at 0 and 4096.
+//!
+//! A superblock or witness page:
+//! ```text
+//!   0 magic[8]   8 version u32   12 crc u32   16 compat u32   20 ro_compat u32   24 incompat u32   28 zero u32
+//!  32 sequence u64   40 volume[16]   56 leg[16] (witness: zero)   72 blocks u64   80 region_blocks u64   88 checkpoint u64   96 flags u64
+//! 104 epoch u64   112 record id[16]   128 pin u8, zero[7]
+//! 136 member A: leg[16] state u8 zero[7] seen epoch u64 seen id[16]     184 member B
+//! ```
+//! A bitmap page: `0 crc u32, 4 zero u32, 8 sequence u64, 16 volume[16]`, then one bit a region, lowest bit first.
 
-use alloc::vec::Vec;
+use alloc::{boxed::Box, vec, vec::Vec};
+use core::fmt;
 
-use crate::units::{Epoch, LegId, VolumeId};
+use crate::{
+    io::Page,
+    membership::{Member, MemberState, Record, RecordName},
+    units::{BLOCK_SIZE, Epoch, LegId, RecordId, Slot, VolumeId},
+};
 
 /// Bytes in a leg's `meta` file, always.
 pub const META_LEN: u64 = 1 << 20;
 /// Bytes in a witness file, always.
 pub const WITNESS_LEN: u64 = 8192;
+/// Blocks in a region, the unit of the write-intent bitmap: 16 MiB.
+pub const REGION_BLOCKS: u64 = (16 << 20) / BLOCK_SIZE;
+/// Regions in one bitmap page.
+pub const PAGE_REGIONS: u64 = (4096 - BITMAP_HEADER as u64) * 8;
+/// The largest volume that a `meta` has bitmap pages for.
+pub const MAX_BLOCKS: u64 = (META_LEN - BITMAP_AT) / 8192 * PAGE_REGIONS * REGION_BLOCKS;
+/// Incompatible feature, reserved: per-block checksums beside `data`.
+pub const INCOMPAT_CHECKSUMS: u32 = 1;
+/// Flag: an operator once forced this volume to be assembled.
+pub const FLAG_FORCED: u64 = 1;
+
+const VERSION: u32 = 1;
+const SUPERBLOCK_MAGIC: [u8; 8] = *b"LOCKSTEP";
+const WITNESS_MAGIC: [u8; 8] = *b"LOCKWITN";
+const BITMAP_AT: u64 = 65536;
+const BITMAP_HEADER: usize = 32;
+const CRC: crc::Crc<u32> = crc::Crc::<u32>::new(&crc::CRC_32_ISCSI);
+
+/// How many regions a volume has.
+pub const fn regions(blocks: u64) -> u64 {
+    blocks.div_ceil(REGION_BLOCKS)
+}
+
+/// How many bitmap pages a volume has.
+pub const fn bitmap_pages(blocks: u64) -> u64 {
+    regions(blocks).div_ceil(PAGE_REGIONS)
+}
+
+/// Byte offset of a bitmap page's slot in `meta`.
+pub const fn bitmap_offset(page: u64, slot: u8) -> u64 {
+    BITMAP_AT + page * 8192 + slot as u64 * 4096
+}
+
+/// What a superblock or witness page says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Superblock {
+    /// Counts the writes of this page; the newer valid slot counts.
+    pub sequence: u64,
+    /// The volume.
+    pub volume: VolumeId,
+    /// The leg that this page belongs to; zero in a witness.
+    pub leg: LegId,
+    /// Size of the volume.
+    pub blocks: u64,
+    /// A rebuild has copied and flushed everything below this block (mirror rule 23).
+    pub checkpoint: u64,
+    /// `FLAG_*`.
+    pub flags: u64,
+    /// Who counts.
+    pub record: Record,
+}
+
+/// Why a `meta` cannot be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MetaError {
+    /// No superblock slot is valid.
+    Damaged,
+    /// Written by a newer Lockstep.
+    TooNew,
+}
+
+impl fmt::Display for MetaError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Damaged => "neither superblock slot is valid: the file is damaged or not a Lockstep leg",
+            Self::TooNew => "it uses a feature that this version does not know: upgrade csi-node",
+        })
+    }
+}
+
+impl core::error::Error for MetaError {}
+
+struct Writer<'a>(&'a mut [u8], usize);
+
+impl Writer<'_> {
+    fn put(&mut self, bytes: &[u8]) {
+        self.0[self.1..self.1 + bytes.len()].copy_from_slice(bytes);
+        self.1 += bytes.len();
+    }
+    fn u32(&mut self, value: u32) {
+        self.put(&value.to_le_bytes());
+    }
+    fn u64(&mut self, value: u64) {
+        self.put(&value.to_le_bytes());
+    }
+    fn name(&mut self, name: RecordName) {
+        self.u64(name.epoch.0);
+        self.put(&name.id.0);
+    }
+    fn byte(&mut self, value: u8) {
+        self.put(&[value, 0, 0, 0, 0, 0, 0, 0]);
+    }
+}
+
+struct Reader<'a>(&'a [u8], usize);
+
+impl Reader<'_> {
+    fn take<const N: usize>(&mut self) -> [u8; N] {
+        let mut out = [0; N];
+        out.copy_from_slice(&self.0[self.1..self.1 + N]);
+        self.1 += N;
+        out
+    }
+    fn u32(&mut self) -> u32 {
+        u32::from_le_bytes(self.take())
+    }
+    fn u64(&mut self) -> u64 {
+        u64::from_le_bytes(self.take())
+    }
+    fn name(&mut self) -> RecordName {
+        RecordName { epoch: Epoch(self.u64()), id: RecordId(self.take()) }
+    }
+    fn byte(&mut self) -> u8 {
+        self.take::<8>()[0]
+    }
+}
+
+fn checksum(page: &[u8], at: usize) -> u32 {
+    let mut digest = CRC.digest();
+    digest.update(&page[..at]);
+    digest.update(&[0; 4]);
+    digest.update(&page[at + 4..4096]);
+    digest.finalize()
+}
+
+fn encode(magic: [u8; 8], superblock: &Superblock) -> Page {
+    let mut page = Box::new([0; 4096]);
+    let mut w = Writer(page.as_mut_slice(), 0);
+    w.put(&magic);
+    w.u32(VERSION);
+    w.put(&[0; 20]); // crc, feature masks, zero
+    w.u64(superblock.sequence);
+    w.put(&superblock.volume.0);
+    w.put(&superblock.leg.0);
+    w.u64(superblock.blocks);
+    w.u64(REGION_BLOCKS);
+    w.u64(superblock.checkpoint);
+    w.u64(superblock.flags);
+    w.name(superblock.record.name);
+    w.byte(superblock.record.pin.index() as u8);
+    for member in &superblock.record.members {
+        w.put(&member.leg.0);
+        w.byte(member.state.code());
+        w.name(member.seen);
+    }
+    let crc = checksum(page.as_slice(), 12);
+    page[12..16].copy_from_slice(&crc.to_le_bytes());
+    page
+}
+
+fn decode(magic: [u8; 8], page: &[u8]) -> Result<Superblock, MetaError> {
+    let mut r = Reader(page, 0);
+    if r.take() != magic {
+        return Err(MetaError::Damaged);
+    }
+    let version = r.u32();
+    if r.u32() != checksum(page, 12) {
+        return Err(MetaError::Damaged);
+    }
+    let (_compat, ro_compat, incompat, _) = (r.u32(), r.u32(), r.u32(), r.u32());
+    if version != VERSION || incompat != 0 || ro_compat != 0 {
+        return Err(MetaError::TooNew);
+    }
+    let (sequence, volume, leg) = (r.u64(), VolumeId(r.take()), LegId(r.take()));
+    let (blocks, region_blocks, checkpoint, flags) = (r.u64(), r.u64(), r.u64(), r.u64());
+    let name = r.name();
+    let pin = match r.byte() {
+        0 => Slot::A,
+        1 => Slot::B,
+        _ => return Err(MetaError::Damaged),
+    };
+    let mut member = || {
+        let (leg, state) = (LegId(r.take()), MemberState::from_code(r.byte()).ok_or(MetaError::Damaged)?);
+        Ok(Member { leg, state, seen: r.name() })
+    };
+    let members = [member()?, member()?];
+    if blocks == 0 || blocks > MAX_BLOCKS || region_blocks != REGION_BLOCKS {
+        return Err(MetaError::Damaged);
+    }
+    Ok(Superblock { sequence, volume, leg, blocks, checkpoint, flags, record: Record { name, pin, members } })
+}
+
+/// The newer valid one of the two slots at the head of `bytes`, and which slot it was.
+fn newest(magic: [u8; 8], bytes: &[u8]) -> Result<(Superblock, u8), MetaError> {
+    let slot = |n: usize| bytes.get(n * 4096..(n + 1) * 4096).map_or(Err(MetaError::Damaged), |page| decode(magic, page));
+    match (slot(0), slot(1)) {
+        // A slot from the future is not an old slot gone bad: the file belongs to a newer version as a whole.
+        (Err(MetaError::TooNew), _) | (_, Err(MetaError::TooNew)) => Err(MetaError::TooNew),
+        (Ok(a), Ok(b)) => Ok(if b.sequence > a.sequence { (b, 1) } else { (a, 0) }),
+        (Ok(a), Err(_)) => Ok((a, 0)),
+        (Err(_), Ok(b)) => Ok((b, 1)),
+        (Err(e), Err(_)) => Err(e),
+    }
+}
+
+/// A leg's superblock page.
+pub fn encode_superblock(superblock: &Superblock) -> Page {
+    encode(SUPERBLOCK_MAGIC, superblock)
+}
+
+/// A witness page; the leg is left out.
+pub fn encode_witness(superblock: &Superblock) -> Page {
+    encode(WITNESS_MAGIC, &Superblock { leg: LegId([0; 16]), ..*superblock })
+}
+
+/// The newest superblock of a `meta`, and its slot.
+pub fn superblock(meta: &[u8]) -> Result<(Superblock, u8), MetaError> {
+    newest(SUPERBLOCK_MAGIC, meta)
+}
+
+/// The newest record of a witness file, and its slot.
+pub fn witness(bytes: &[u8]) -> Result<(Superblock, u8), MetaError> {
+    newest(WITNESS_MAGIC, bytes)
+}
+
+/// The page with these bits (at most `PAGE_REGIONS / 8` bytes).
+pub fn encode_bitmap(volume: VolumeId, sequence: u64, bits: &[u8]) -> Page {
+    let mut page = Box::new([0; 4096]);
+    let mut w = Writer(page.as_mut_slice(), 8);
+    w.u64(sequence);
+    w.put(&volume.0);
+    w.put(bits);
+    let crc = checksum(page.as_slice(), 0);
+    page[..4].copy_from_slice(&crc.to_le_bytes());
+    page
+}
+
+/// One valid bitmap page as it was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BitmapPage {
+    /// Its sequence number.
+    pub sequence: u64,
+    /// Which slot it was in.
+    pub slot: u8,
+    /// Its bits.
+    pub bits: Vec<u8>,
+}
+
+/// The newer valid slot of a bitmap page; `None`: neither is valid, so everything in it is dirty (mirror rule 19).
+pub fn bitmap_page(meta: &[u8], volume: VolumeId, page: u64) -> Option<BitmapPage> {
+    let slot = |n: u8| {
+        let at = usize::try_from(bitmap_offset(page, n)).ok()?;
+        let bytes = meta.get(at..at + 4096)?;
+        let mut r = Reader(bytes, 0);
+        let (crc, _, sequence, id) = (r.u32(), r.u32(), r.u64(), VolumeId(r.take()));
+        (crc == checksum(bytes, 0) && id == volume && sequence > 0).then(|| BitmapPage {
+            sequence,
+            slot: n,
+            bits: bytes[BITMAP_HEADER..].to_vec(),
+        })
+    };
+    match (slot(0), slot(1)) {
+        (Some(a), Some(b)) => Some(if b.sequence > a.sequence { b } else { a }),
+        (a, b) => a.or(b),
+    }
+}
+
+fn meta(superblock: &Superblock) -> Vec<u8> {
+    let mut bytes = vec![0; META_LEN as usize];
+    bytes[..4096].copy_from_slice(encode_superblock(superblock).as_slice());
+    for page in 0..bitmap_pages(superblock.blocks) {
+        let at = bitmap_offset(page, 0) as usize;
+        bytes[at..at + 4096].copy_from_slice(encode_bitmap(superblock.volume, 1, &[]).as_slice());
+    }
+    bytes
+}
+
+fn first(volume: VolumeId, legs: [LegId; 2], leg: LegId, blocks: u64) -> Superblock {
+    // The first record is a function of the volume: making a leg twice gives the same one.
+    let record = Record::first(legs, RecordId(volume.0));
+    Superblock { sequence: 1, volume, leg, blocks, checkpoint: 0, flags: 0, record }
+}
 
 /// The `meta` bytes of one leg of a new volume whose two legs are `legs` (both read as zeroes).
-pub fn new_leg(_volume: VolumeId, _legs: [LegId; 2], _which: LegId, _blocks: u64) -> Vec<u8> {
-    Vec::new()
+pub fn new_leg(volume: VolumeId, legs: [LegId; 2], which: LegId, blocks: u64) -> Vec<u8> {
+    meta(&first(volume, legs, which, blocks))
 }
 
 /// The witness bytes of that new volume.
-pub fn new_witness(_volume: VolumeId, _legs: [LegId; 2]) -> Vec<u8> {
-    Vec::new()
+pub fn new_witness(volume: VolumeId, legs: [LegId; 2], blocks: u64) -> Vec<u8> {
+    let mut bytes = vec![0; WITNESS_LEN as usize];
+    bytes[..4096].copy_from_slice(encode_witness(&first(volume, legs, legs[0], blocks)).as_slice());
+    bytes
 }
 
-/// The `meta` bytes of an empty leg that is to be attached with `Fill::Everything`.
-pub fn spare_leg(_volume: VolumeId, _leg: LegId, _blocks: u64) -> Vec<u8> {
-    Vec::new()
+/// The `meta` bytes of an empty leg that is to be attached with `Fill::Everything`. It names itself alone and counts for nothing.
+pub fn spare_leg(volume: VolumeId, leg: LegId, blocks: u64) -> Vec<u8> {
+    let member = |leg| Member { leg, state: MemberState::OutUnfilled, seen: RecordName::NONE };
+    let record = Record { name: RecordName::NONE, pin: Slot::A, members: [member(leg), member(LegId([0; 16]))] };
+    meta(&Superblock { sequence: 1, volume, leg, blocks, checkpoint: 0, flags: 0, record })
 }
 
 /// Who a leg says that it is.
@@ -37,22 +338,68 @@ pub struct Summary {
     pub epoch: Epoch,
 }
 
-/// Why a `meta` cannot be read. `Display` says it in words.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum MetaError {
-    /// No superblock slot is valid.
-    Damaged,
-    /// Written by a newer Lockstep.
-    TooNew,
-}
-
-impl core::fmt::Display for MetaError {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        write!(f, "{self:?}")
-    }
-}
-
 /// Reads who a leg is.
-pub fn peek(_meta: &[u8]) -> Result<Summary, MetaError> {
-    Err(MetaError::Damaged)
+pub fn peek(meta: &[u8]) -> Result<Summary, MetaError> {
+    let (sb, _) = superblock(meta)?;
+    Ok(Summary { volume: sb.volume, leg: sb.leg, blocks: sb.blocks, epoch: sb.record.name.epoch })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VOLUME: VolumeId = VolumeId([7; 16]);
+    const LEGS: [LegId; 2] = [LegId([1; 16]), LegId([2; 16])];
+
+    #[test]
+    fn a_superblock_comes_back_as_it_was_written() {
+        let sb = first(VOLUME, LEGS, LEGS[1], 1234);
+        assert_eq!(decode(SUPERBLOCK_MAGIC, encode_superblock(&sb).as_slice()), Ok(sb));
+    }
+
+    #[test]
+    fn every_flipped_byte_of_a_superblock_slot_falls_back_to_the_other_slot() {
+        let old = first(VOLUME, LEGS, LEGS[0], 1234);
+        let new = Superblock { sequence: 2, blocks: 2000, ..old };
+        let mut meta = vec![0; 8192];
+        meta[..4096].copy_from_slice(encode_superblock(&old).as_slice());
+        meta[4096..].copy_from_slice(encode_superblock(&new).as_slice());
+        assert_eq!(superblock(&meta).unwrap(), (new, 1));
+        for byte in 4096..8192 {
+            meta[byte] ^= 0x40;
+            assert_eq!(superblock(&meta).unwrap(), (old, 0), "byte {byte}");
+            meta[byte] ^= 0x40;
+        }
+    }
+
+    #[test]
+    fn every_flipped_byte_of_both_bitmap_slots_makes_the_page_invalid() {
+        let mut bytes = meta(&first(VOLUME, LEGS, LEGS[0], 1234));
+        let page = bitmap_page(&bytes, VOLUME, 0).unwrap();
+        assert_eq!((page.sequence, page.slot), (1, 0));
+        for byte in 65536..65536 + 4096 {
+            bytes[byte] ^= 1;
+            assert_eq!(bitmap_page(&bytes, VOLUME, 0), None, "byte {byte}");
+            bytes[byte] ^= 1;
+        }
+    }
+
+    #[test]
+    fn a_feature_from_the_future_is_not_taken_for_damage() {
+        let mut page = encode_superblock(&first(VOLUME, LEGS, LEGS[0], 1234));
+        page[24] = 2;
+        let crc = checksum(page.as_slice(), 12);
+        page[12..16].copy_from_slice(&crc.to_le_bytes());
+        let mut meta = page.to_vec();
+        meta.extend_from_slice(encode_superblock(&first(VOLUME, LEGS, LEGS[0], 1234)).as_slice());
+        assert_eq!(superblock(&meta), Err(MetaError::TooNew));
+    }
+
+    #[test]
+    fn a_short_or_empty_meta_is_damaged_not_a_panic() {
+        for len in [0, 1, 4095, 4096, 8191] {
+            assert_eq!(superblock(&vec![0; len]), Err(MetaError::Damaged));
+            assert_eq!(bitmap_page(&vec![0; len], VOLUME, 0), None);
+        }
+    }
 }

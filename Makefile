@@ -1,0 +1,18 @@
+# Everything that is built goes under ~/.cache/lockstep, never into the clone.
+export CARGO_TARGET_DIR ?= $(HOME)/.cache/lockstep/target
+.DEFAULT_GOAL := help
+.PHONY: help check test fmt
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+fmt: ## Format the code
+	cargo fmt --all
+
+check: ## Formatting, lints and unit tests
+	cargo fmt --all -- --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo test --workspace --locked
+
+test: check ## Everything, as CI runs it
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
