@@ -1,7 +1,8 @@
 # Everything that is built goes under ~/.cache/lockstep, never into the clone.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/lockstep/target
 .DEFAULT_GOAL := help
-.PHONY: help check test fmt
+.PHONY: help check test sim fmt
+SEEDS ?= 10000
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -13,6 +14,9 @@ check: ## Formatting, lints and unit tests
 	cargo fmt --all -- --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	cargo test --workspace --locked
+
+sim: ## Random histories of the mirror on simulated disks (SEEDS=N)
+	SIM_SEEDS=$(SEEDS) cargo test -p lockstep-sim --locked --test mirror random -- --nocapture
 
 test: check ## Everything, as CI runs it
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked

@@ -13,11 +13,15 @@
 
 extern crate alloc;
 
-pub mod bitmap;
+pub mod assembly;
+mod bitmap;
 pub mod fault;
 pub mod format;
 pub mod io;
 pub mod membership;
-pub mod range_lock;
+mod mirror;
+mod range_lock;
 pub mod status;
 pub mod units;
+
+pub use mirror::{COPY_BLOCKS, COPY_WINDOW, Mirror};

@@ -101,16 +101,6 @@ impl RangeLock {
         }
     }
 
-    /// How many entries there are.
-    pub fn len(&self) -> usize {
-        self.entries.len()
-    }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
-    }
-
     /// Asserts that no two issued exclusive entries overlap and that every count is what the table says.
     pub fn check_invariants(&self) {
         for (i, entry) in self.entries.iter().enumerate() {

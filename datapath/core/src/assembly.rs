@@ -1,0 +1,261 @@
+//! Assembly: from what was found on the disks and in the witness to a running mirror, or a refusal (mirror rules 11, 12, 13, 19).
+
+use alloc::vec::Vec;
+use core::fmt;
+
+use crate::{
+    bitmap::Bitmap,
+    format::{self, FLAG_FORCED, Superblock},
+    io::{Effects, Fill},
+    membership::{MemberState, Record, RecordName},
+    mirror::{Leg, Mirror, Start, State},
+    units::{Epoch, Instant, LegId, Slot, VolumeId},
+};
+
+/// What is to be assembled.
+#[derive(Clone, Debug)]
+pub struct Assembly<'a> {
+    /// The volume that the caller wants.
+    pub volume: VolumeId,
+    /// The `meta` bytes of every leg that was found. Any number, any order.
+    pub metas: &'a [&'a [u8]],
+    /// The bytes of the witness file, if it is there.
+    pub witness: Option<&'a [u8]>,
+    /// The epoch that the object's status last saw. It lags, so it may only veto (mirror rule 12).
+    pub seen_epoch: Option<Epoch>,
+    /// The operator insists on this leg where assembly would be refused. Recorded.
+    pub force: Option<LegId>,
+    /// 128 random bits: record ids derive from them.
+    pub seed: u128,
+    /// Now.
+    pub now: Instant,
+}
+
+/// A running mirror and where its legs were found.
+#[derive(Clone, Debug)]
+pub struct Assembled {
+    /// The mirror. It serves after `Notice::Assembled`; requests before that wait.
+    pub mirror: Mirror,
+    /// By slot: the index in `Assembly::metas` of the leg that sits there; `None`: absent or stale.
+    pub slots: [Option<usize>; 2],
+    /// Stale legs that can come back with `Request::Attach`: index, slot, and how they must be filled. `Fill::Everything`: a new
+    /// empty leg (new id) must be made first.
+    pub returning: Vec<(usize, Slot, Fill)>,
+    /// Legs that no durable record names (mirror rule 13).
+    pub foreign: Vec<usize>,
+}
+
+/// Why a volume is not assembled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// No usable leg was found.
+    NoLeg,
+    /// The legs that are there are stale.
+    Stale(LegId),
+    /// Only this leg is there and there is no witness to ask.
+    NoWitness(LegId),
+    /// Each leg went on without the other.
+    SplitBrain(LegId, LegId),
+    /// What was found was written by a newer version.
+    TooNew,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoLeg => write!(f, "no readable leg of this volume was found: bring one of its disks back"),
+            Self::Stale(leg) => {
+                write!(f, "leg {leg} is stale, it missed writes: bring the other leg's disk back, or force this one and lose them")
+            }
+            Self::NoWitness(leg) => {
+                write!(f, "only leg {leg} is there and the witness is lost: bring the other disk back, or force this one")
+            }
+            Self::SplitBrain(a, b) => write!(f, "legs {a} and {b} each went on without the other: force the one to keep"),
+            Self::TooNew => write!(f, "a leg was written by a newer version: upgrade"),
+        }
+    }
+}
+
+impl core::error::Error for Refusal {}
+
+struct Found {
+    index: usize,
+    superblock: Superblock,
+    slot: u8,
+}
+
+/// Assembles. `out` gets the first effects.
+pub fn assemble(assembly: &Assembly<'_>, out: &mut Effects) -> Result<Assembled, Refusal> {
+    let mut found = Vec::new();
+    let mut foreign = Vec::new();
+    for (index, meta) in assembly.metas.iter().enumerate() {
+        match format::superblock(meta) {
+            Ok((superblock, slot)) if superblock.volume == assembly.volume => found.push(Found { index, superblock, slot }),
+            Err(format::MetaError::TooNew) => return Err(Refusal::TooNew),
+            Ok(_) | Err(format::MetaError::Damaged) => foreign.push(index),
+        }
+    }
+    let witness = match assembly.witness.map(format::witness) {
+        Some(Ok((witness, slot))) if witness.volume == assembly.volume => Some((witness, slot)),
+        Some(Err(format::MetaError::TooNew)) => return Err(Refusal::TooNew),
+        _ => None,
+    };
+    let decided = decide(&found, witness.map(|(witness, _)| witness.record), assembly.seen_epoch);
+    let (record, flags) = match (decided, assembly.force) {
+        (Ok(record), _) => (record, 0),
+        (Err(refusal), None) => return Err(refusal),
+        (Err(refusal), Some(leg)) => (forced(&found, leg).ok_or(refusal)?, FLAG_FORCED),
+    };
+
+    let at = |leg: LegId| found.iter().find(|found| found.superblock.leg == leg);
+    let mut slots = [None; 2];
+    let mut returning = Vec::new();
+    let mut legs = Vec::new();
+    for slot in Slot::BOTH {
+        let member = record.members[slot.index()];
+        let here = at(member.leg);
+        let state = match (member.state, here) {
+            (MemberState::In, Some(here)) if is_current(&record, here, flags) => State::In,
+            (MemberState::Recovering(fill), Some(_)) => State::Recovering(fill),
+            (MemberState::In, _) => State::Leaving,
+            (MemberState::Recovering(_), None) => State::Dropping,
+            (MemberState::Out | MemberState::OutUnfilled, _) => State::Out,
+        };
+        if let Some(here) = here {
+            if matches!(state, State::In | State::Recovering(_)) {
+                slots[slot.index()] = Some(here.index);
+            } else {
+                let fill = if state == State::Out { record.readmission(slot, here.superblock.record.name) } else { Fill::Everything };
+                returning.push((here.index, slot, fill));
+            }
+        }
+        legs.push(Leg {
+            id: member.leg,
+            state,
+            seen: here.map_or(record.name, |here| here.superblock.record.name),
+            superblock_slot: here.map_or(0, |here| here.slot),
+            outstanding: 0,
+            reads: 0,
+            read_end: 0,
+            repairs: 0,
+        });
+    }
+    foreign.extend(found.iter().filter(|found| record.slot_of(found.superblock.leg).is_none()).map(|found| found.index));
+    let [a, b]: [Leg; 2] = legs.try_into().unwrap_or_else(|_| unreachable!("one leg a slot"));
+    let legs = [a, b];
+
+    let counted = || Slot::BOTH.into_iter().filter(|slot| legs[slot.index()].state == State::In);
+    let superblocks: Vec<&Superblock> = counted().filter_map(|slot| at(legs[slot.index()].id)).map(|found| &found.superblock).collect();
+    // A size that only one leg knows was never published (mirror rule 31).
+    let blocks = superblocks.iter().map(|superblock| superblock.blocks).min().ok_or(Refusal::NoLeg)?;
+    let metas: Vec<(Slot, &[u8])> = Slot::BOTH.into_iter().filter_map(|slot| Some((slot, assembly.metas[slots[slot.index()]?]))).collect();
+    let bitmap = bitmap(assembly.volume, blocks, &metas, &legs);
+
+    let everyone = || found.iter().map(|found| &found.superblock).chain(witness.as_ref().map(|(witness, _)| witness));
+    let start = Start {
+        volume: assembly.volume,
+        blocks,
+        flags: flags | superblocks.iter().fold(0, |flags, superblock| flags | superblock.flags),
+        checkpoint: superblocks.iter().map(|superblock| superblock.checkpoint).min().unwrap_or(0),
+        max_epoch: everyone().map(|superblock| superblock.record.name.epoch).max().unwrap_or_default(),
+        sequence: everyone().map(|superblock| superblock.sequence).max().unwrap_or_default(),
+        witness_slot: witness.map_or(0, |(_, slot)| slot),
+        legs,
+        record,
+        bitmap,
+        seed: assembly.seed,
+        now: assembly.now,
+    };
+    Ok(Assembled { mirror: Mirror::start(start, out), slots, returning, foreign })
+}
+
+/// A leg that the record counts must hold it, or something newer that has acked nothing. An older one is a copy from the past.
+fn is_current(record: &Record, found: &Found, flags: u64) -> bool {
+    let theirs = found.superblock.record.name;
+    theirs == record.name
+        || theirs.epoch > record.name.epoch
+        || flags & FLAG_FORCED != 0
+        || record.members.iter().any(|m| m.leg == found.superblock.leg && m.seen == theirs && m.seen.epoch == record.name.epoch)
+}
+
+/// The record that says who counts (mirror rules 11 and 12).
+fn decide(found: &[Found], witness: Option<Record>, seen_epoch: Option<Epoch>) -> Result<Record, Refusal> {
+    let newest = found.iter().max_by_key(|found| found.superblock.record.name.epoch).ok_or(Refusal::NoLeg)?;
+    let record = match witness {
+        Some(record) => record,
+        None => without_witness(found, newest)?,
+    };
+    let present = |slot: Slot| {
+        let member = record.members[slot.index()];
+        member.state == MemberState::In && found.iter().any(|found| found.superblock.leg == member.leg && is_current(&record, found, 0))
+    };
+    let vetoed = seen_epoch.is_some_and(|seen| seen > record.name.epoch);
+    if vetoed || !Slot::BOTH.into_iter().any(present) {
+        return Err(Refusal::Stale(newest.superblock.leg));
+    }
+    Ok(record)
+}
+
+fn without_witness(found: &[Found], newest: &Found) -> Result<Record, Refusal> {
+    let record = newest.superblock.record;
+    let own = record.slot_of(newest.superblock.leg).ok_or(Refusal::NoLeg)?;
+    let other = record.members[own.other().index()].leg;
+    let Some(other) = found.iter().find(|found| found.superblock.leg == other) else {
+        return Err(Refusal::NoWitness(newest.superblock.leg));
+    };
+    let theirs = other.superblock.record.name;
+    if theirs.epoch == record.name.epoch && theirs != record.name || !record.follows(own.other(), theirs) {
+        return Err(Refusal::SplitBrain(newest.superblock.leg, other.superblock.leg));
+    }
+    // Both are there, so nobody can know more. An older leg that the newer record counts has missed nothing that was acked: the
+    // record went to the legs before it counted. It is made current by the record that assembly writes.
+    let mut record = record;
+    for member in &mut record.members {
+        if member.leg == other.superblock.leg && member.state == MemberState::In && theirs != record.name {
+            record.name = RecordName { ..theirs };
+        }
+    }
+    Ok(record)
+}
+
+/// The operator's choice: that leg alone is IN, the other one must be filled from nothing.
+fn forced(found: &[Found], leg: LegId) -> Option<Record> {
+    let chosen = found.iter().find(|found| found.superblock.leg == leg)?;
+    let mut record = chosen.superblock.record;
+    let slot = record.slot_of(leg)?;
+    if record.members[slot.index()].state == MemberState::OutUnfilled {
+        return None;
+    }
+    record.members[slot.index()].state = MemberState::In;
+    record.members[slot.other().index()].state = MemberState::OutUnfilled;
+    record.pin = slot;
+    Some(record)
+}
+
+/// The union of the valid copies of the legs that are IN; a page that is valid on none is all dirty (mirror rule 19).
+fn bitmap(volume: VolumeId, blocks: u64, metas: &[(Slot, &[u8])], legs: &[Leg; 2]) -> Bitmap {
+    let mut bitmap = Bitmap::new(blocks);
+    for page in 0..bitmap.pages.len() {
+        let mut valid = false;
+        for (slot, meta) in metas {
+            let Some(copy) = format::bitmap_page(meta, volume, page as u64) else { continue };
+            let state = &mut bitmap.pages[page];
+            state.slot[slot.index()] = copy.slot;
+            state.sequence = state.sequence.max(copy.sequence);
+            if legs[slot.index()].state == State::In {
+                bitmap.join(page, Some(&copy.bits));
+                valid = true;
+            }
+        }
+        if !valid {
+            bitmap.join(page, None);
+        }
+        // Written once more, so that every leg says the same.
+        bitmap.pages[page].changed = true;
+    }
+    let both = legs.iter().all(|leg| leg.state == State::In);
+    for region in &mut bitmap.regions {
+        region.unsynced = region.set && both;
+    }
+    bitmap
+}

@@ -1,0 +1,599 @@
+//! The mirror: one deterministic state machine that owns all decisions about the data.
+//!
+//! A client's write goes through these stages; a read through the first and third, a repair or resync copy through all.
+//! ```text
+//!  submit -> range lock -> dirty bits durable -> issued to every IN and RECOVERING leg -> judged -> answered -> released
+//!            (rule 3)      (rule 17)             (held while a leg changes sides)         (8, 9, 14)            (5, 6)
+//! ```
+//! Membership changes are *transitions* (`transition.rs`), one at a time: the record is made durable on the legs that stay, then in the
+//! witness, and only then does it count (rule 9). A leg that failed is `Leaving` until then: it gets nothing new, and no answer
+//! that misses it goes out.
+//!
+//! Invariants, asserted by `check_invariants`:
+//! 1. At least one leg is IN.
+//! 2. No two issued exclusive entries of the range lock overlap.
+//! 3. Data is issued only to regions whose bit is durably set on every leg that is IN by the durable record.
+//! 4. A region's `pending` is the number of unreleased writes and copies that passed the lock there.
+//! 5. A RECOVERING leg serves no read.
+//! 6. One metadata write in flight for each leg's superblock, for each bitmap page, and for the witness.
+
+mod admin;
+mod copies;
+mod flushes;
+mod pages;
+mod reads;
+mod sync;
+mod transition;
+mod writes;
+
+use alloc::{collections::BTreeMap, vec::Vec};
+
+use crate::{
+    bitmap::Bitmap,
+    fault::{Fault, classify},
+    format::REGION_BLOCKS,
+    io::{Buffer, Effect, Effects, Event, Fill, LegOp, Notice, Outcome, Request},
+    membership::{Record, RecordName},
+    range_lock::{EntryId, RangeLock},
+    status::{LegState, LegStatus, Status, Sync},
+    units::{BlockRange, Epoch, Errno, Instant, IoId, LegId, RecordId, Slot, Tag, VolumeId},
+};
+
+use self::{
+    admin::{Growing, Stopping},
+    copies::Copy,
+    flushes::{Batch, Waiter},
+    reads::Read,
+    sync::Syncing,
+    transition::Transition,
+    writes::Write,
+};
+
+/// Blocks of the largest copy that the mirror makes at once (resync, rebuild, repair).
+pub const COPY_BLOCKS: u64 = 256;
+/// How many of its own buffers the mirror uses at once.
+pub const COPY_WINDOW: u8 = 4;
+/// How often a host fault is reissued without progress before it counts as the leg's (mirror rule 6).
+const REISSUES: u8 = 8;
+/// Repairs that a leg may need before it is taken OUT (mirror rule 26).
+const REPAIR_BUDGET: u32 = 64;
+
+/// What a leg counts for in memory; the durable record follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum State {
+    /// Counted.
+    In,
+    /// Failed while IN; its OUT is not durable yet.
+    Leaving,
+    /// Stale or absent.
+    Out,
+    /// Gets every write, serves nothing.
+    Recovering(Fill),
+    /// Failed while RECOVERING; the record still names it so.
+    Dropping,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Leg {
+    pub id: LegId,
+    pub state: State,
+    /// The newest record known to be durable on it.
+    pub seen: RecordName,
+    /// Which slot holds its newest superblock.
+    pub superblock_slot: u8,
+    /// I/O that this leg has not reported.
+    pub outstanding: u32,
+    /// Reads among them.
+    pub reads: u32,
+    /// Where its last read ended: sequential reads stay on one leg.
+    pub read_end: u64,
+    pub repairs: u32,
+}
+
+impl Leg {
+    /// Whether it gets new writes.
+    fn takes_writes(&self) -> bool {
+        matches!(self.state, State::In | State::Recovering(_))
+    }
+
+    /// Whether the durable record counts it.
+    fn counted(&self) -> bool {
+        matches!(self.state, State::In | State::Leaving)
+    }
+}
+
+/// What one leg said to one piece of work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Report {
+    /// Nothing was asked of it.
+    None,
+    /// It has not answered.
+    Pending,
+    Done,
+    Failed(Errno),
+    NoSpace,
+    /// It was durably OUT before it answered: nobody waits for it (mirror rule 5).
+    Abandoned,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Purpose {
+    Write(EntryId),
+    Read(EntryId),
+    Copy(EntryId),
+    Flush,
+    Page(usize),
+    Superblock,
+    Witness,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Io {
+    /// The leg, by place and name; a place may have got another leg meanwhile. `None`: the witness.
+    leg: Option<(Slot, LegId)>,
+    purpose: Purpose,
+    op: Option<LegOp>,
+    reissues: u8,
+}
+
+/// How a piece of work ended, after reissues.
+pub(crate) type Ended = Result<Option<BlockRange>, Errno>;
+
+/// One mirror.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Mirror {
+    pub(crate) volume: VolumeId,
+    pub(crate) blocks: u64,
+    pub(crate) flags: u64,
+    pub(crate) checkpoint: u64,
+    now: Instant,
+    run: [u8; 8],
+    records: u64,
+    next_io: u64,
+    next_entry: EntryId,
+    pub(crate) legs: [Leg; 2],
+    /// The durable record.
+    pub(crate) record: Record,
+    /// No record in existence has a higher epoch.
+    pub(crate) max_epoch: Epoch,
+    pub(crate) sequence: u64,
+    pub(crate) witness_slot: u8,
+    pub(crate) bitmap: Bitmap,
+    pub(crate) ready: bool,
+    read_only: Option<Errno>,
+    lock: RangeLock,
+    ios: BTreeMap<IoId, Io>,
+    writes: BTreeMap<EntryId, Write>,
+    reads: BTreeMap<EntryId, Read>,
+    copies: BTreeMap<EntryId, Copy>,
+    /// Passed the lock and the bits, waiting for the end of a drain.
+    held: Vec<EntryId>,
+    /// New writes are held: a leg is changing sides.
+    draining: bool,
+    woken: Vec<EntryId>,
+    batch: Option<Batch>,
+    flush_next: Vec<Waiter>,
+    transition: Option<Transition>,
+    restate: bool,
+    syncing: Option<Syncing>,
+    generation: u64,
+    copy_buffers: [bool; COPY_WINDOW as usize],
+    buffer_queue: Vec<EntryId>,
+    attach: Option<(Tag, Slot, Fill)>,
+    detaching: Vec<(Tag, Slot)>,
+    growing: Option<Growing>,
+    stopping: Option<Stopping>,
+    stopped: bool,
+    early: Vec<(Tag, Request)>,
+    clean_at: Option<Instant>,
+    last_read: Slot,
+    copied_blocks: u64,
+}
+
+/// What assembly decided, from which a mirror starts.
+pub(crate) struct Start {
+    pub volume: VolumeId,
+    pub blocks: u64,
+    pub flags: u64,
+    pub checkpoint: u64,
+    pub legs: [Leg; 2],
+    pub record: Record,
+    pub max_epoch: Epoch,
+    pub sequence: u64,
+    pub witness_slot: u8,
+    pub bitmap: Bitmap,
+    pub seed: u128,
+    pub now: Instant,
+}
+
+impl Mirror {
+    pub(crate) fn start(start: Start, out: &mut Effects) -> Self {
+        let mut run = [0; 8];
+        run.copy_from_slice(&start.seed.to_le_bytes()[..8]);
+        let mut mirror = Self {
+            volume: start.volume,
+            blocks: start.blocks,
+            flags: start.flags,
+            checkpoint: start.checkpoint,
+            now: start.now,
+            run,
+            records: 0,
+            next_io: 1,
+            next_entry: 1,
+            legs: start.legs,
+            record: start.record,
+            max_epoch: start.max_epoch,
+            sequence: start.sequence,
+            witness_slot: start.witness_slot,
+            bitmap: start.bitmap,
+            ready: false,
+            read_only: None,
+            lock: RangeLock::new(),
+            ios: BTreeMap::new(),
+            writes: BTreeMap::new(),
+            reads: BTreeMap::new(),
+            copies: BTreeMap::new(),
+            held: Vec::new(),
+            draining: false,
+            woken: Vec::new(),
+            batch: None,
+            flush_next: Vec::new(),
+            transition: None,
+            restate: false,
+            syncing: None,
+            generation: 0,
+            copy_buffers: [false; COPY_WINDOW as usize],
+            buffer_queue: Vec::new(),
+            attach: None,
+            detaching: Vec::new(),
+            growing: None,
+            stopping: None,
+            stopped: false,
+            early: Vec::new(),
+            clean_at: None,
+            last_read: Slot::A,
+            copied_blocks: 0,
+        };
+        mirror.pump(out);
+        mirror
+    }
+
+    /// Takes what happened, says what to do. Never blocks, never fails.
+    pub fn handle(&mut self, now: Instant, event: Event, out: &mut Effects) {
+        self.now = self.now.max(now);
+        match event {
+            Event::Submit { tag, request } => self.submit(tag, request, out),
+            Event::Done { io, outcome } => self.done(io, outcome, out),
+            Event::Tick => self.tick(out),
+        }
+        self.pump(out);
+    }
+
+    /// When `Event::Tick` is wanted next.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        let transition = self.transition.as_ref().and_then(|transition| transition.retry_at);
+        let syncing = self.syncing.as_ref().and_then(|syncing| syncing.retry_at);
+        [self.clean_at, transition, syncing].into_iter().flatten().min()
+    }
+
+    fn submit(&mut self, tag: Tag, request: Request, out: &mut Effects) {
+        if !self.ready {
+            return self.early.push((tag, request));
+        }
+        if self.stopping.is_some() || self.stopped {
+            return Self::answer(tag, Err(Errno::ESHUTDOWN), out);
+        }
+        let in_volume = |range: BlockRange| !range.is_empty() && range.end <= self.blocks;
+        match request {
+            Request::Read(range) | Request::Write { range, .. } | Request::Zero(range) if !in_volume(range) => {
+                Self::answer(tag, Err(Errno::EINVAL), out);
+            }
+            Request::Read(range) => self.submit_read(tag, range, out),
+            Request::Write { range, fua } => self.submit_write(tag, range, true, fua, out),
+            Request::Zero(range) => self.submit_write(tag, range, false, false, out),
+            Request::Flush => self.submit_flush(Waiter::Client(tag), out),
+            Request::Attach { slot, leg, fill } => self.submit_attach(tag, slot, leg, fill, out),
+            Request::Detach(slot) => self.submit_detach(tag, slot, out),
+            Request::Grow { blocks } => self.submit_grow(tag, blocks, out),
+            Request::Stop => self.stopping = Some(Stopping::new(tag)),
+        }
+    }
+
+    /// Answers and lets go of a tag that holds nothing.
+    fn answer(tag: Tag, result: Result<(), Errno>, out: &mut Effects) {
+        out.push(Effect::Complete { tag, result });
+        out.push(Effect::Release { tag });
+    }
+
+    fn tick(&mut self, out: &mut Effects) {
+        if self.clean_at.is_some_and(|at| at <= self.now) {
+            self.clean_at = None;
+            self.clean_pass(out);
+        }
+        if self.transition.as_ref().and_then(|transition| transition.retry_at).is_some_and(|at| at <= self.now) {
+            self.write_witness(out);
+        }
+        self.retry_sync();
+    }
+
+    /// Starts whatever can be started. Runs after every event, until nothing changes.
+    fn pump(&mut self, out: &mut Effects) {
+        loop {
+            while !self.woken.is_empty() {
+                for id in core::mem::take(&mut self.woken) {
+                    self.granted(id, out);
+                }
+            }
+            let before = out.0.len();
+            self.pump_pages(out);
+            // A rebuild that became full and a growth whose pages are durable are taken up by the transition in the same round.
+            self.pump_sync(out);
+            self.pump_growing();
+            self.pump_transition(out);
+            self.pump_flush(out);
+            self.pump_stop(out);
+            if self.woken.is_empty() && out.0.len() == before {
+                return;
+            }
+        }
+    }
+
+    fn next_entry(&mut self) -> EntryId {
+        self.next_entry += 1;
+        self.next_entry - 1
+    }
+
+    fn new_record_name(&mut self) -> RecordName {
+        self.max_epoch.0 += 1;
+        self.records += 1;
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&self.run);
+        id[8..].copy_from_slice(&self.records.to_le_bytes());
+        RecordName { epoch: self.max_epoch, id: RecordId(id) }
+    }
+
+    /// An entry may go: nothing before it overlaps it.
+    fn granted(&mut self, id: EntryId, out: &mut Effects) {
+        if self.reads.contains_key(&id) {
+            return self.issue_read(id, out);
+        }
+        let range = if let Some(write) = self.writes.get(&id) { write.range } else { self.copies[&id].range };
+        self.bitmap.hold(range);
+        if self.bitmap.want(range) {
+            self.ready_to_issue(id, out);
+        } else if let Some(write) = self.writes.get_mut(&id) {
+            write.stage = writes::Stage::Bits;
+        } else if let Some(copy) = self.copies.get_mut(&id) {
+            copy.step = copies::Step::Bits;
+        }
+    }
+
+    /// The lock and the bits are there.
+    fn ready_to_issue(&mut self, id: EntryId, out: &mut Effects) {
+        if self.draining {
+            if let Some(write) = self.writes.get_mut(&id) {
+                write.stage = writes::Stage::Held;
+            } else if let Some(copy) = self.copies.get_mut(&id) {
+                copy.step = copies::Step::Held;
+            }
+            self.held.push(id);
+        } else if self.writes.contains_key(&id) {
+            self.issue_write(id, out);
+        } else {
+            self.start_copy(id, out);
+        }
+    }
+
+    /// The drain is over.
+    fn resume(&mut self, out: &mut Effects) {
+        self.draining = false;
+        for id in core::mem::take(&mut self.held) {
+            self.ready_to_issue(id, out);
+        }
+    }
+
+    /// Nothing that was issued is unreleased.
+    fn drained(&self) -> bool {
+        self.writes.values().all(|write| write.stage < writes::Stage::Issued)
+            && self.copies.values().all(|copy| copy.step < copies::Step::Buffer)
+    }
+
+    fn issue(&mut self, slot: Slot, purpose: Purpose, op: LegOp, out: &mut Effects) {
+        self.issue_again(slot, purpose, op, 0, out);
+    }
+
+    fn issue_again(&mut self, slot: Slot, purpose: Purpose, op: LegOp, reissues: u8, out: &mut Effects) {
+        let io = IoId(self.next_io);
+        self.next_io += 1;
+        let leg = &mut self.legs[slot.index()];
+        leg.outstanding += 1;
+        leg.reads += u32::from(matches!(op, LegOp::Read { .. }));
+        self.ios.insert(io, Io { leg: Some((slot, leg.id)), purpose, op: Some(op.clone()), reissues });
+        out.push(Effect::Leg { slot, io, op });
+    }
+
+    fn done(&mut self, io: IoId, outcome: Outcome, out: &mut Effects) {
+        let Some(entry) = self.ios.remove(&io) else { return };
+        let Some((slot, leg)) = entry.leg else {
+            return self.witness_done(matches!(outcome, Outcome::Done(_)).then_some(()).ok_or(errno_of(outcome)), out);
+        };
+        let current = &mut self.legs[slot.index()];
+        if current.id != leg {
+            return;
+        }
+        current.outstanding -= 1;
+        current.reads -= u32::from(matches!(entry.op, Some(LegOp::Read { .. })));
+        let ended = match (outcome, entry.op) {
+            (Outcome::Extent(extent), _) => Ok(extent),
+            (Outcome::Done(bytes), Some(op @ (LegOp::Read { .. } | LegOp::Write { .. }))) => match remainder(op, bytes) {
+                None => Ok(None),
+                Some((rest, progress)) => {
+                    let reissues = if progress { 0 } else { entry.reissues + 1 };
+                    if reissues <= REISSUES && self.may_reissue(slot) {
+                        return self.issue_again(slot, entry.purpose, rest, reissues, out);
+                    }
+                    Err(Errno::EIO)
+                }
+            },
+            (Outcome::Done(_), _) => Ok(None),
+            (Outcome::Failed(errno), Some(op)) => {
+                if classify(errno) == Fault::Host && entry.reissues < REISSUES && self.may_reissue(slot) {
+                    return self.issue_again(slot, entry.purpose, op, entry.reissues + 1, out);
+                }
+                Err(errno)
+            }
+            (Outcome::Failed(errno), None) => Err(errno),
+        };
+        match entry.purpose {
+            Purpose::Write(id) => self.write_done(id, slot, ended, out),
+            Purpose::Read(id) => self.read_done(id, slot, ended, out),
+            Purpose::Copy(id) => self.copy_done(id, ended, out),
+            Purpose::Flush => self.flush_done(slot, ended, out),
+            Purpose::Page(page) => self.page_done(page, slot, ended, out),
+            Purpose::Superblock => self.superblock_done(slot, ended, out),
+            Purpose::Witness => {}
+        }
+    }
+
+    /// Nothing is reissued to a leg that is on its way out: its range may be released any time now (mirror rule 6).
+    fn may_reissue(&self, slot: Slot) -> bool {
+        !matches!(self.legs[slot.index()].state, State::Leaving | State::Dropping)
+    }
+
+    /// A leg failed. The last IN leg never goes (mirror rule 14).
+    fn fail_leg(&mut self, slot: Slot, error: Errno, out: &mut Effects) {
+        let other_in = self.legs[slot.other().index()].state == State::In;
+        let leg = &mut self.legs[slot.index()];
+        leg.state = match leg.state {
+            State::In if other_in => State::Leaving,
+            State::Recovering(_) => State::Dropping,
+            _ => return,
+        };
+        out.push(Effect::Notice(Notice::LegFailed { slot, error }));
+        self.cancel_sync(out);
+    }
+
+    /// No more writes: the survivor cannot keep its promises.
+    fn fail_mirror(&mut self, error: Errno, out: &mut Effects) {
+        if self.read_only.is_none() {
+            self.read_only = Some(error);
+            out.push(Effect::Notice(Notice::ReadOnly { error }));
+        }
+        self.fail_gated(out);
+        if let Some((tag, ..)) = self.attach.take() {
+            Self::answer(tag, Err(Errno::EIO), out);
+        }
+        if let Some(growing) = self.growing.take() {
+            Self::answer(growing.tag, Err(Errno::EIO), out);
+        }
+        for (tag, _) in core::mem::take(&mut self.detaching) {
+            Self::answer(tag, Err(Errno::EIO), out);
+        }
+        self.cancel_sync(out);
+        self.resume(out);
+    }
+
+    /// Everything that waits for a leg to be durably OUT, or for a bit, gets EIO: it will not be.
+    fn fail_gated(&mut self, out: &mut Effects) {
+        let waiting: Vec<EntryId> = self.writes.iter().filter(|(_, write)| !write.answered).map(|(id, _)| *id).collect();
+        for id in waiting {
+            self.fail_gated_write(id, out);
+        }
+        let bits: Vec<EntryId> = self.copies.iter().filter(|(_, copy)| copy.step == copies::Step::Bits).map(|(id, _)| *id).collect();
+        for id in bits {
+            self.end_copy(id, false, out);
+        }
+        self.fail_gated_flush(out);
+    }
+
+    fn in_count(&self) -> usize {
+        self.legs.iter().filter(|leg| leg.state == State::In).count()
+    }
+
+    /// A snapshot.
+    pub fn status(&self) -> Status {
+        let leg = |slot: Slot| LegStatus {
+            id: self.legs[slot.index()].id,
+            state: match self.legs[slot.index()].state {
+                State::In => LegState::In,
+                State::Recovering(_) => LegState::Recovering,
+                State::Leaving | State::Out | State::Dropping => LegState::Out,
+            },
+        };
+        let (sync, sync_done, sync_total) = self.syncing.as_ref().map_or((Sync::Idle, 0, 0), Syncing::progress);
+        Status {
+            blocks: self.blocks,
+            epoch: self.record.name.epoch,
+            legs: [leg(Slot::A), leg(Slot::B)],
+            dirty_regions: self.bitmap.dirty(),
+            sync,
+            sync_done,
+            sync_total,
+            copied_blocks: self.copied_blocks,
+            pending: (self.writes.len() + self.reads.len() + self.early.len()) as u64,
+            read_only: self.read_only.is_some(),
+            ready: self.ready,
+            stopped: self.stopped,
+        }
+    }
+
+    /// How a leg of this volume that was found later may come back: its slot and how it must be filled
+    /// (`Fill::Everything`: a new empty leg must be made first). `None`: no place for it (foreign, or both places are taken).
+    pub fn readmission(&self, meta: &[u8]) -> Option<(Slot, Fill)> {
+        let (superblock, _) = crate::format::superblock(meta).ok()?;
+        let slot = self.record.slot_of(superblock.leg)?;
+        let out = self.legs[slot.index()].state == State::Out && superblock.volume == self.volume;
+        out.then(|| (slot, self.record.readmission(slot, superblock.record.name)))
+    }
+
+    /// Asserts the invariants listed at the file's head.
+    pub fn check_invariants(&self) {
+        assert!(self.in_count() > 0, "invariant 1: no leg is IN");
+        self.lock.check_invariants();
+        for write in self.writes.values() {
+            let issued = write.stage >= writes::Stage::Issued;
+            assert!(!issued || self.bitmap.is_durable(write.range), "invariant 3: {write:?}");
+        }
+        for (region, state) in self.bitmap.regions.iter().enumerate() {
+            let range = BlockRange::new(region as u64 * REGION_BLOCKS, (region as u64 + 1) * REGION_BLOCKS);
+            let writes = self.writes.values().filter(|write| write.stage > writes::Stage::Queued && write.range.overlaps(range)).count();
+            let copies = self.copies.values().filter(|copy| copy.holds_lock() && copy.range.overlaps(range)).count();
+            assert_eq!(state.pending as usize, writes + copies, "invariant 4: region {region}");
+        }
+        for io in self.ios.values() {
+            if let (Some((slot, leg)), Purpose::Read(_)) = (io.leg, io.purpose) {
+                let now = &self.legs[slot.index()];
+                assert!(now.id != leg || !matches!(now.state, State::Recovering(_)), "invariant 5");
+            }
+        }
+        for slot in Slot::BOTH {
+            let superblocks = self.ios.values().filter(|io| {
+                io.purpose == Purpose::Superblock && io.leg.is_some_and(|(s, id)| s == slot && id == self.legs[slot.index()].id)
+            });
+            assert!(superblocks.count() <= 1, "invariant 6");
+        }
+    }
+}
+
+fn errno_of(outcome: Outcome) -> Errno {
+    match outcome {
+        Outcome::Failed(errno) => errno,
+        _ => Errno::EIO,
+    }
+}
+
+/// What is left of a read or write after a short count, and whether there was progress. `None`: nothing.
+fn remainder(op: LegOp, bytes: u64) -> Option<(LegOp, bool)> {
+    let blocks = bytes / crate::units::BLOCK_SIZE;
+    let shift = |range: BlockRange| BlockRange::new((range.start + blocks).min(range.end), range.end);
+    let skip = |buffer: Buffer| match buffer {
+        Buffer::Request { tag, skip } => Buffer::Request { tag, skip: skip + blocks },
+        Buffer::Copy { index, skip } => Buffer::Copy { index, skip: skip + blocks },
+    };
+    let (range, rest) = match op {
+        LegOp::Read { range, buffer } => (shift(range), LegOp::Read { range: shift(range), buffer: skip(buffer) }),
+        LegOp::Write { range, buffer, fua } => (shift(range), LegOp::Write { range: shift(range), buffer: skip(buffer), fua }),
+        _ => return None,
+    };
+    (!range.is_empty()).then_some((rest, blocks > 0))
+}

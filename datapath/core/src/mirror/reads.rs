@@ -1,0 +1,119 @@
+//! Reads (mirror rules 7, 21, 23, 26).
+//!
+//! A read goes to one IN leg. If that fails it goes to the other; if that fails too and there is more than one block, it goes
+//! block by block, so that only a block that no leg can read fails. What one leg could not read and the other could is repaired.
+
+use super::{Ended, Mirror, Purpose, State, copies::CopyFor};
+use crate::{
+    io::{Buffer, Effect, Effects, LegOp, Notice},
+    range_lock::{Class, EntryId},
+    units::{BlockRange, Errno, Slot, Tag},
+};
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Read {
+    pub tag: Tag,
+    pub range: BlockRange,
+    /// What is being read now: all, or one block.
+    piece: BlockRange,
+    tried: [bool; 2],
+}
+
+impl Mirror {
+    pub(super) fn submit_read(&mut self, tag: Tag, range: BlockRange, out: &mut Effects) {
+        let id = self.next_entry();
+        self.reads.insert(id, Read { tag, range, piece: range, tried: [false; 2] });
+        if self.lock.acquire(id, range, Class::Read) {
+            self.issue_read(id, out);
+        }
+    }
+
+    pub(super) fn issue_read(&mut self, id: EntryId, out: &mut Effects) {
+        let Some(read) = self.reads.get(&id) else { return };
+        let (tag, range, piece, tried) = (read.tag, read.range, read.piece, read.tried);
+        let Some(slot) = self.choose_leg(piece, tried) else { return self.read_failed(id, out) };
+        if let Some(read) = self.reads.get_mut(&id) {
+            read.tried[slot.index()] = true;
+        }
+        self.last_read = slot;
+        self.legs[slot.index()].read_end = piece.end;
+        let buffer = Buffer::Request { tag, skip: piece.start - range.start };
+        self.issue(slot, Purpose::Read(id), LegOp::Read { range: piece, buffer }, out);
+    }
+
+    /// The leg that serves a read: the pinned one where the legs may differ, else the one with less to do; among equals the one whose last read
+    /// ended here, else the other one than last time.
+    fn choose_leg(&self, piece: BlockRange, tried: [bool; 2]) -> Option<Slot> {
+        let usable = |slot: &Slot| self.legs[slot.index()].state == State::In && !tried[slot.index()];
+        let mut usable = Slot::BOTH.into_iter().filter(usable);
+        let first = usable.next()?;
+        let Some(second) = usable.next() else { return Some(first) };
+        if self.bitmap.unsynced(piece) {
+            return Some(self.record.pin);
+        }
+        let (a, b) = (&self.legs[first.index()], &self.legs[second.index()]);
+        Some(match a.reads.cmp(&b.reads) {
+            core::cmp::Ordering::Less => first,
+            core::cmp::Ordering::Greater => second,
+            core::cmp::Ordering::Equal if a.read_end == piece.start => first,
+            core::cmp::Ordering::Equal if b.read_end == piece.start => second,
+            core::cmp::Ordering::Equal => self.last_read.other(),
+        })
+    }
+
+    pub(super) fn read_done(&mut self, id: EntryId, slot: Slot, ended: Ended, out: &mut Effects) {
+        if ended.is_err() {
+            // Another leg, if there is one that was not asked.
+            return self.issue_read(id, out);
+        }
+        let Some(read) = self.reads.get(&id) else { return };
+        let (range, piece, tried) = (read.range, read.piece, read.tried);
+        if tried[slot.other().index()] {
+            self.start_repair(piece, slot, slot.other(), out);
+        }
+        if piece.end == range.end {
+            return self.finish_read(id, Ok(()), out);
+        }
+        self.next_block(id, piece.end, out);
+    }
+
+    /// No leg could read the piece.
+    fn read_failed(&mut self, id: EntryId, out: &mut Effects) {
+        let Some(read) = self.reads.get(&id) else { return };
+        let piece = read.piece;
+        if piece.len() > 1 && self.in_count() > 1 {
+            return self.next_block(id, piece.start, out);
+        }
+        out.push(Effect::Notice(Notice::Unreadable { range: piece }));
+        self.finish_read(id, Err(Errno::EIO), out);
+    }
+
+    fn next_block(&mut self, id: EntryId, block: u64, out: &mut Effects) {
+        if let Some(read) = self.reads.get_mut(&id) {
+            read.piece = BlockRange::new(block, block + 1);
+            read.tried = [false; 2];
+        }
+        self.issue_read(id, out);
+    }
+
+    fn finish_read(&mut self, id: EntryId, result: Result<(), Errno>, out: &mut Effects) {
+        let Some(read) = self.reads.remove(&id) else { return };
+        self.lock.release(id, &mut self.woken);
+        Self::answer(read.tag, result, out);
+    }
+
+    /// Puts on `bad` what `good` holds, under the range lock, and reads it back.
+    fn start_repair(&mut self, range: BlockRange, good: Slot, bad: Slot, out: &mut Effects) {
+        let repairable = self.legs[bad.index()].state == State::In && self.read_only.is_none() && self.stopping.is_none();
+        let known = self.copies.values().any(|copy| copy.purpose == CopyFor::Repair && copy.range == range);
+        if !repairable || known {
+            return;
+        }
+        let leg = &mut self.legs[bad.index()];
+        leg.repairs += 1;
+        if leg.repairs > super::REPAIR_BUDGET {
+            return self.fail_leg(bad, Errno::EIO, out);
+        }
+        self.start_locked_copy(range, good, bad, CopyFor::Repair, Class::User, out);
+    }
+}

@@ -1,0 +1,456 @@
+//! The world: disks, witness, client, oracles.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use lockstep_core::{
+    Mirror,
+    assembly::{Assembly, Refusal, assemble},
+    format,
+    io::{Buffer, Effect, Effects, Event, Fill, LegOp, Outcome, Request},
+    status::{LegState, Sync},
+    units::{BLOCK_SIZE, BlockRange, Errno, Instant, IoId, LegId, Slot, Tag, VolumeId},
+};
+
+/// Blocks of the simulated volume: two regions and a bit.
+pub const BLOCKS: u64 = 2 * 4096 + 64;
+const VOLUME: VolumeId = VolumeId([9; 16]);
+const META: usize = 65536 + 8192;
+
+/// splitmix64.
+#[derive(Clone, Debug)]
+pub struct Rng(pub u64);
+
+impl Rng {
+    /// A number below `n`.
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % n
+    }
+
+    /// True once in `n`.
+    pub fn once_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+}
+
+/// What one disk holds for the volume.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    /// What survives a crash; a missing block was never written.
+    pub durable: BTreeMap<u64, u64>,
+    /// Written, not flushed.
+    pub cache: BTreeMap<u64, u64>,
+    meta: Vec<u8>,
+    /// Every I/O fails.
+    pub dead: bool,
+}
+
+impl Disk {
+    /// What a read returns now.
+    pub fn read(&self, block: u64) -> u64 {
+        self.cache.get(&block).or_else(|| self.durable.get(&block)).copied().unwrap_or(0)
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Work {
+    Leg(Slot, LegOp, Vec<u64>),
+    Witness(u64, Vec<u8>),
+}
+
+#[derive(Clone, Debug)]
+enum Asked {
+    Write { range: BlockRange, token: u64, acked: bool },
+    Read { range: BlockRange, floor: Vec<u64> },
+    Flush { covers: BTreeMap<u64, u64> },
+    Other,
+}
+
+/// Everything there is.
+pub struct World {
+    /// The schedule.
+    pub rng: Rng,
+    /// By slot.
+    pub disks: [Disk; 2],
+    witness: Vec<u8>,
+    /// The mirror under test.
+    pub mirror: Mirror,
+    now: Instant,
+    work: BTreeMap<IoId, Work>,
+    asked: BTreeMap<Tag, Asked>,
+    buffers: BTreeMap<Tag, Vec<u64>>,
+    copies: Vec<Vec<u64>>,
+    next_tag: u64,
+    next_token: u64,
+    /// By block: the newest acked write, and the newest that was acked and flushed.
+    acked: BTreeMap<u64, u64>,
+    flushed: BTreeMap<u64, u64>,
+    /// Answers, by tag.
+    pub answers: BTreeMap<Tag, Result<(), Errno>>,
+    trace: Vec<String>,
+}
+
+fn leg_id(slot: Slot) -> LegId {
+    LegId([slot.index() as u8 + 1; 16])
+}
+
+impl World {
+    /// A new volume, assembled.
+    pub fn new(seed: u64) -> Self {
+        let legs = [leg_id(Slot::A), leg_id(Slot::B)];
+        let disk = |slot| Disk {
+            durable: BTreeMap::new(),
+            cache: BTreeMap::new(),
+            meta: format::new_leg(VOLUME, legs, leg_id(slot), BLOCKS)[..META].to_vec(),
+            dead: false,
+        };
+        let disks = [disk(Slot::A), disk(Slot::B)];
+        let witness = format::new_witness(VOLUME, legs, BLOCKS);
+        let mut rng = Rng(seed);
+        let (mirror, out) = start(&disks, Some(&witness), &mut rng).expect("a new volume assembles");
+        let mut world = Self {
+            rng,
+            disks,
+            witness,
+            mirror,
+            now: Instant(0),
+            work: BTreeMap::new(),
+            asked: BTreeMap::new(),
+            buffers: BTreeMap::new(),
+            copies: vec![Vec::new(); 4],
+            next_tag: 1,
+            next_token: 1,
+            acked: BTreeMap::new(),
+            flushed: BTreeMap::new(),
+            answers: BTreeMap::new(),
+            trace: Vec::new(),
+        };
+        world.perform(out);
+        world
+    }
+
+    /// The last events and effects.
+    pub fn trace(&self) -> String {
+        self.trace[self.trace.len().saturating_sub(60)..].join("\n")
+    }
+
+    fn handle(&mut self, event: Event) {
+        self.trace.push(format!("> {event:?}"));
+        let mut out = Effects::new();
+        self.mirror.handle(self.now, event, &mut out);
+        self.mirror.check_invariants();
+        self.perform(out);
+    }
+
+    fn perform(&mut self, mut out: Effects) {
+        for effect in out.drain() {
+            match effect {
+                Effect::Leg { slot, io, op } => {
+                    self.trace.push(format!("  {io:?} {slot:?} {}", brief(&op)));
+                    let mut data = Vec::new();
+                    if let LegOp::Write { range, buffer, .. } = &op {
+                        data = self.buffer(*buffer, range.len());
+                    }
+                    if let LegOp::Write { range, .. } | LegOp::Zero { range } = &op {
+                        for work in self.work.values() {
+                            if let Work::Leg(s, LegOp::Write { range: r, .. } | LegOp::Zero { range: r }, _) = work {
+                                assert!(*s != slot || !r.overlaps(*range), "two writes of one range in flight on {slot:?}");
+                            }
+                        }
+                    }
+                    self.work.insert(io, Work::Leg(slot, op, data));
+                }
+                Effect::WriteWitness { io, offset, page } => {
+                    self.work.insert(io, Work::Witness(offset, page.to_vec()));
+                }
+                Effect::Complete { tag, result } => self.complete(tag, result),
+                Effect::Release { tag } => {
+                    assert!(self.asked.remove(&tag).is_some(), "{tag:?} released twice");
+                    assert!(self.answers.contains_key(&tag), "{tag:?} released before it was answered");
+                    self.buffers.remove(&tag);
+                }
+                Effect::ReleaseCopy { index } => self.copies[index as usize].clear(),
+                Effect::Notice(notice) => self.trace.push(format!("  ! {notice:?}")),
+            }
+        }
+    }
+
+    fn buffer(&self, buffer: Buffer, len: u64) -> Vec<u64> {
+        let (data, skip) = match buffer {
+            Buffer::Request { tag, skip } => (&self.buffers[&tag], skip),
+            Buffer::Copy { index, skip } => (&self.copies[index as usize], skip),
+        };
+        data[skip as usize..(skip + len) as usize].to_vec()
+    }
+
+    fn complete(&mut self, tag: Tag, result: Result<(), Errno>) {
+        self.trace.push(format!("  = {tag:?} {result:?}"));
+        assert!(self.answers.insert(tag, result).is_none(), "{tag:?} answered twice");
+        if result.is_err() {
+            return;
+        }
+        match self.asked.get_mut(&tag) {
+            Some(Asked::Write { range, token, acked }) => {
+                *acked = true;
+                for block in range.start..range.end {
+                    let newest = self.acked.entry(block).or_default();
+                    *newest = (*newest).max(*token);
+                }
+            }
+            Some(Asked::Read { range, floor }) => {
+                for (i, block) in (range.start..range.end).enumerate() {
+                    let got = self.buffers[&tag][i];
+                    assert!(got >= floor[i], "block {block} read {got}, but {} was acked before", floor[i]);
+                }
+            }
+            Some(Asked::Flush { covers }) => {
+                for (block, token) in covers.iter() {
+                    let newest = self.flushed.entry(*block).or_default();
+                    *newest = (*newest).max(*token);
+                }
+            }
+            Some(Asked::Other) | None => {}
+        }
+    }
+
+    fn submit(&mut self, asked: Asked, buffer: Vec<u64>, request: Request) -> Tag {
+        let tag = Tag(self.next_tag);
+        self.next_tag += 1;
+        self.asked.insert(tag, asked);
+        self.buffers.insert(tag, buffer);
+        self.handle(Event::Submit { tag, request });
+        tag
+    }
+
+    /// Submits a write of a new token, or of zeroes (whose token is not told apart from older zeroes, so only whole tokens are judged).
+    pub fn write(&mut self, range: BlockRange) -> Tag {
+        let token = self.next_token;
+        self.next_token += 1;
+        let asked = Asked::Write { range, token, acked: false };
+        self.submit(asked, vec![token; range.len() as usize], Request::Write { range, fua: false })
+    }
+
+    /// Submits a read.
+    pub fn read(&mut self, range: BlockRange) -> Tag {
+        let floor = (range.start..range.end).map(|block| self.acked.get(&block).copied().unwrap_or(0)).collect();
+        self.submit(Asked::Read { range, floor }, vec![u64::MAX; range.len() as usize], Request::Read(range))
+    }
+
+    /// Submits a flush.
+    pub fn flush(&mut self) -> Tag {
+        let covers = self.acked.clone();
+        self.submit(Asked::Flush { covers }, Vec::new(), Request::Flush)
+    }
+
+    /// Submits anything else.
+    pub fn command(&mut self, request: Request) -> Tag {
+        self.submit(Asked::Other, Vec::new(), request)
+    }
+
+    /// What is in flight on the legs: id, slot, operation.
+    pub fn in_flight(&self) -> Vec<(IoId, Slot, LegOp)> {
+        self.work
+            .iter()
+            .filter_map(|(io, work)| if let Work::Leg(slot, op, _) = work { Some((*io, *slot, op.clone())) } else { None })
+            .collect()
+    }
+
+    /// Ends one piece of work as its disk would.
+    pub fn finish(&mut self, io: IoId) {
+        let Some(work) = self.work.remove(&io) else { return };
+        let outcome = match work {
+            Work::Witness(offset, page) => {
+                self.witness[offset as usize..offset as usize + 4096].copy_from_slice(&page);
+                Outcome::Done(0)
+            }
+            Work::Leg(slot, _, _) if self.disks[slot.index()].dead => Outcome::Failed(Errno::EIO),
+            Work::Leg(slot, op, data) => self.leg_op(slot, op, &data),
+        };
+        self.handle(Event::Done { io, outcome });
+    }
+
+    fn leg_op(&mut self, slot: Slot, op: LegOp, data: &[u64]) -> Outcome {
+        let disk = &mut self.disks[slot.index()];
+        match op {
+            LegOp::Read { range, buffer } => {
+                let values: Vec<u64> = (range.start..range.end).map(|block| disk.read(block)).collect();
+                let (target, skip) = match buffer {
+                    Buffer::Request { tag, skip } => (self.buffers.entry(tag).or_default(), skip as usize),
+                    Buffer::Copy { index, skip } => (&mut self.copies[index as usize], skip as usize),
+                };
+                target.resize(target.len().max(skip + values.len()), 0);
+                target[skip..skip + values.len()].copy_from_slice(&values);
+                Outcome::Done(range.len() * BLOCK_SIZE)
+            }
+            LegOp::Write { range, .. } => {
+                disk.cache.extend((range.start..range.end).zip(data.iter().copied()));
+                Outcome::Done(range.byte_len())
+            }
+            LegOp::Zero { range } => {
+                disk.cache.extend((range.start..range.end).map(|block| (block, 0)));
+                Outcome::Done(0)
+            }
+            LegOp::Flush => {
+                disk.durable.append(&mut disk.cache);
+                Outcome::Done(0)
+            }
+            LegOp::NextData { range } => {
+                let written: BTreeSet<u64> = disk
+                    .durable
+                    .range(range.start..range.end)
+                    .chain(disk.cache.range(range.start..range.end))
+                    .map(|(block, _)| *block)
+                    .collect();
+                let first = written.first().copied();
+                Outcome::Extent(
+                    first.map(|first| BlockRange::new(first, (first..range.end).find(|b| !written.contains(b)).unwrap_or(range.end))),
+                )
+            }
+            LegOp::WriteMeta { offset, page } => {
+                disk.meta[offset as usize..offset as usize + 4096].copy_from_slice(page.as_slice());
+                Outcome::Done(0)
+            }
+        }
+    }
+
+    /// Ends a random piece of work; `false`: there is none.
+    pub fn step(&mut self) -> bool {
+        if self.work.is_empty() {
+            return false;
+        }
+        let n = self.rng.below(self.work.len() as u64) as usize;
+        let io = *self.work.keys().nth(n).expect("counted");
+        self.finish(io);
+        true
+    }
+
+    /// Runs until nothing is left to do, ticking the clock where the mirror waits for it. Panics if it never ends.
+    pub fn settle(&mut self) {
+        for _ in 0..200_000 {
+            if self.step() {
+                continue;
+            }
+            let status = self.mirror.status();
+            match self.mirror.next_deadline() {
+                Some(at) if status.dirty_regions > 0 || status.sync != Sync::Idle || !status.ready => {
+                    self.now = self.now.max(at);
+                    self.handle(Event::Tick);
+                }
+                _ => {
+                    assert!(status.sync == Sync::Idle, "stuck: {status:?}");
+                    assert!(self.asked.is_empty(), "requests that never ended: {:?}", self.asked);
+                    return;
+                }
+            }
+        }
+        panic!("it never settles: {:?}", self.mirror.status());
+    }
+
+    /// Whether both legs are IN and nothing is being made equal.
+    pub fn healthy(&self) -> bool {
+        let status = self.mirror.status();
+        status.legs.iter().all(|leg| leg.state == LegState::In) && status.sync == Sync::Idle
+    }
+
+    /// Asserts that the legs hold the same. Call it when settled and healthy.
+    pub fn assert_identical(&self) {
+        let blocks: BTreeSet<u64> = self.disks.iter().flat_map(|disk| disk.durable.keys().chain(disk.cache.keys())).copied().collect();
+        for block in blocks {
+            assert_eq!(self.disks[0].read(block), self.disks[1].read(block), "block {block} differs");
+        }
+    }
+
+    /// Power cut: what was not flushed survives or not, block by block; metadata in flight may be torn. Then only the disks in `present`
+    /// come back.
+    pub fn crash(&mut self, present: [bool; 2]) -> Result<(), Refusal> {
+        self.trace.push("> CRASH".into());
+        for work in std::mem::take(&mut self.work).into_values() {
+            match work {
+                Work::Leg(slot, op, data) if !self.disks[slot.index()].dead => self.tear(slot, op, &data),
+                Work::Leg(..) => {}
+                Work::Witness(offset, page) => tear_page(&mut self.rng, &mut self.witness, offset, &page),
+            }
+        }
+        for slot in Slot::BOTH {
+            let disk = &mut self.disks[slot.index()];
+            for (block, token) in std::mem::take(&mut disk.cache) {
+                if self.rng.once_in(2) {
+                    disk.durable.insert(block, token);
+                }
+            }
+        }
+        self.asked.clear();
+        self.buffers.clear();
+        self.acked = self.flushed.clone();
+        self.copies.iter_mut().for_each(Vec::clear);
+        for slot in Slot::BOTH {
+            self.disks[slot.index()].dead |= !present[slot.index()];
+        }
+        let (mirror, out) = start(&self.disks, Some(&self.witness), &mut self.rng)?;
+        self.mirror = mirror;
+        self.now = Instant(0);
+        self.perform(out);
+        Ok(())
+    }
+
+    fn tear(&mut self, slot: Slot, op: LegOp, data: &[u64]) {
+        let disk = &mut self.disks[slot.index()];
+        match op {
+            LegOp::WriteMeta { offset, page } => tear_page(&mut self.rng, &mut disk.meta, offset, page.as_slice()),
+            LegOp::Write { range, .. } | LegOp::Zero { range } => {
+                for (i, block) in (range.start..range.end).enumerate() {
+                    if self.rng.once_in(2) {
+                        disk.cache.insert(block, data.get(i).copied().unwrap_or(0));
+                    }
+                }
+            }
+            LegOp::Read { .. } | LegOp::Flush | LegOp::NextData { .. } => {}
+        }
+    }
+
+    /// The disk works again, with what it held; its leg comes back as the mirror says.
+    pub fn bring_back(&mut self, slot: Slot) {
+        self.disks[slot.index()].dead = false;
+        let Some((place, fill)) = self.mirror.readmission(&self.disks[slot.index()].meta) else { return };
+        assert_eq!(place, slot);
+        let mut leg = leg_id(slot);
+        if fill == Fill::Everything {
+            let disk = &mut self.disks[slot.index()];
+            leg = LegId([100 + self.rng.below(100) as u8; 16]);
+            disk.meta = format::spare_leg(VOLUME, leg, BLOCKS)[..META].to_vec();
+            disk.durable.clear();
+            disk.cache.clear();
+        } else if let Ok(summary) = format::peek(&self.disks[slot.index()].meta) {
+            leg = summary.leg;
+        }
+        self.command(Request::Attach { slot, leg, fill });
+    }
+}
+
+fn start(disks: &[Disk; 2], witness: Option<&[u8]>, rng: &mut Rng) -> Result<(Mirror, Effects), Refusal> {
+    let metas: Vec<&[u8]> = disks.iter().filter(|disk| !disk.dead).map(|disk| disk.meta.as_slice()).collect();
+    let seed = u128::from(rng.below(u64::MAX));
+    let assembly = Assembly { volume: VOLUME, metas: &metas, witness, seen_epoch: None, force: None, seed, now: Instant(0) };
+    let mut out = Effects::new();
+    let assembled = assemble(&assembly, &mut out)?;
+    Ok((assembled.mirror, out))
+}
+
+fn tear_page(rng: &mut Rng, file: &mut [u8], offset: u64, page: &[u8]) {
+    for sector in 0..8 {
+        if rng.once_in(2) {
+            let (at, from) = (offset as usize + sector * 512, sector * 512);
+            file[at..at + 512].copy_from_slice(&page[from..from + 512]);
+        }
+    }
+}
+
+fn brief(op: &LegOp) -> String {
+    match op {
+        LegOp::WriteMeta { offset, .. } => format!("WriteMeta {offset}"),
+        other => format!("{other:?}"),
+    }
+}

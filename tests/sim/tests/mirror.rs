@@ -1,0 +1,219 @@
+//! The mirror on simulated disks: named cases, and random histories with crashes and lost disks.
+#![allow(missing_docs)]
+
+use lockstep_core::{
+    io::{LegOp, Request},
+    status::LegState,
+    units::{BlockRange, Slot},
+};
+use lockstep_sim::{Rng, World};
+
+fn range(start: u64, end: u64) -> BlockRange {
+    BlockRange::new(start, end)
+}
+
+/// A world in which the region of block 0 is dirty, so that writes go to the legs at once.
+fn warm(seed: u64) -> World {
+    let mut world = World::new(seed);
+    while world.step() {}
+    world.write(range(0, 1));
+    while world.step() {}
+    world
+}
+
+fn writes_in_flight(world: &World) -> usize {
+    world.in_flight().iter().filter(|(_, _, op)| matches!(op, LegOp::Write { .. })).count()
+}
+
+#[test]
+fn case_01_overlapping_writes_end_equal_in_every_order_of_completion() {
+    for seed in 0..200 {
+        let mut world = warm(seed);
+        world.write(range(100, 200));
+        world.write(range(150, 200));
+        world.write(range(160, 200));
+        assert_eq!(writes_in_flight(&world), 2, "only the first is issued, to both legs");
+        world.settle();
+        world.assert_identical();
+        assert_eq!(world.disks[0].read(199), 4, "the last one wins");
+    }
+}
+
+#[test]
+fn case_02_touching_writes_go_in_parallel() {
+    let mut world = warm(1);
+    world.write(range(0, 8));
+    world.write(range(8, 16));
+    assert_eq!(writes_in_flight(&world), 4);
+}
+
+#[test]
+fn case_09_a_write_that_a_lost_leg_missed_is_answered_only_after_the_loss_is_durable() {
+    for seed in 0..50 {
+        let mut world = warm(seed);
+        world.disks[1].dead = true;
+        let first = world.write(range(0, 8));
+        let second = world.write(range(4, 12));
+        while !world.answers.contains_key(&first) {
+            assert!(world.step(), "the write never ended");
+        }
+        assert_eq!(world.mirror.status().epoch.0, 3, "the record that says OUT counts before the answer");
+        assert_eq!(world.answers[&first], Ok(()));
+        world.settle();
+        assert_eq!(world.answers[&second], Ok(()));
+        assert_eq!(world.mirror.status().legs[1].state, LegState::Out);
+    }
+}
+
+#[test]
+fn case_11_after_a_crash_the_leg_that_missed_an_acked_write_is_stale() {
+    let mut world = warm(3);
+    world.disks[1].dead = true;
+    world.write(range(0, 8));
+    world.settle();
+    world.flush();
+    world.settle();
+    world.disks[1].dead = false;
+    world.crash([true, true]).expect("A is IN");
+    world.settle();
+    assert_eq!(world.mirror.status().legs[1].state, LegState::Out);
+    world.read(range(0, 8));
+    world.settle();
+}
+
+#[test]
+fn case_15_and_16_a_flush_error_on_one_leg_is_survived_and_on_both_is_sticky() {
+    let mut world = warm(4);
+    world.disks[1].dead = true;
+    let flush = world.flush();
+    world.settle();
+    assert_eq!(world.answers[&flush], Ok(()));
+    world.disks[0].dead = true;
+    for _ in 0..2 {
+        let flush = world.flush();
+        world.settle();
+        assert!(world.answers[&flush].is_err());
+    }
+    world.disks[0].dead = false;
+    let flush = world.flush();
+    world.settle();
+    assert!(world.answers[&flush].is_err(), "a later flush must not claim success");
+}
+
+#[test]
+fn case_27_a_leg_that_missed_one_write_gets_only_that_region() {
+    let mut world = warm(5);
+    world.write(range(5000, 5010));
+    world.flush();
+    world.settle();
+    world.disks[1].dead = true;
+    world.write(range(5000, 5004));
+    world.settle();
+    let before = world.mirror.status().copied_blocks;
+    world.bring_back(Slot::B);
+    world.settle();
+    assert!(world.healthy(), "{}", world.trace());
+    assert_eq!(world.mirror.status().copied_blocks - before, 10, "what was written in that region, and nothing else");
+    world.assert_identical();
+}
+
+#[test]
+fn case_29_a_stale_leg_alone_is_refused() {
+    let mut world = warm(6);
+    world.disks[1].dead = true;
+    world.write(range(0, 8));
+    world.settle();
+    world.disks[1].dead = false;
+    assert!(world.crash([false, true]).is_err());
+}
+
+#[test]
+fn case_49_a_write_that_fails_on_both_legs_takes_nobody_out() {
+    let mut world = warm(7);
+    let write = world.write(range(0, 8));
+    world.disks.iter_mut().for_each(|disk| disk.dead = true);
+    let data: Vec<_> = world.in_flight();
+    for (io, ..) in data {
+        world.finish(io);
+    }
+    world.disks.iter_mut().for_each(|disk| disk.dead = false);
+    world.settle();
+    assert!(world.answers[&write].is_err());
+    assert!(world.healthy());
+    world.assert_identical();
+}
+
+#[test]
+fn case_54_a_clean_stop_leaves_nothing_to_resync() {
+    let mut world = warm(8);
+    let stop = world.command(Request::Stop);
+    world.settle();
+    assert_eq!(world.answers[&stop], Ok(()));
+    world.crash([true, true]).expect("both are IN");
+    while world.step() {}
+    assert_eq!(world.mirror.status().dirty_regions, 0);
+}
+
+/// One random history.
+fn history(seed: u64) {
+    let mut world = World::new(seed);
+    let mut rng = Rng(seed ^ 0xfeed);
+    let mut lost: Option<Slot> = None;
+    for _ in 0..300 {
+        let start = [0, 4090, 8190][rng.below(3) as usize] + rng.below(24);
+        let piece = range(start, start + 1 + rng.below(8));
+        match rng.below(20) {
+            0..=5 => drop(world.write(piece)),
+            6..=8 => drop(world.read(piece)),
+            9 => drop(world.flush()),
+            10 if lost.is_none() && world.healthy() && rng.once_in(4) => {
+                let slot = Slot::BOTH[rng.below(2) as usize];
+                world.disks[slot.index()].dead = true;
+                lost = Some(slot);
+            }
+            11 if rng.once_in(3) => {
+                if let Some(slot) = lost {
+                    world.settle();
+                    world.bring_back(slot);
+                    lost = None;
+                }
+            }
+            12 if rng.once_in(6) => {
+                let present = Slot::BOTH.map(|slot| lost != Some(slot));
+                world.crash(present).unwrap_or_else(|refusal| panic!("refused within the budget: {refusal}"));
+            }
+            _ => {
+                for _ in 0..rng.below(6) {
+                    world.step();
+                }
+            }
+        }
+    }
+    world.settle();
+    if let Some(slot) = lost {
+        world.bring_back(slot);
+    } else {
+        for slot in Slot::BOTH {
+            if world.mirror.status().legs[slot.index()].state == LegState::Out {
+                world.bring_back(slot);
+            }
+        }
+    }
+    world.settle();
+    world.read(range(0, 40));
+    world.read(range(4080, 4140));
+    world.settle();
+    assert!(world.healthy(), "{:?}", world.mirror.status());
+    world.assert_identical();
+}
+
+#[test]
+fn random_histories_with_crashes_and_lost_disks_keep_every_promise() {
+    let seeds = std::env::var("SIM_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(500);
+    for seed in 0..seeds {
+        if let Err(panic) = std::panic::catch_unwind(|| history(seed)) {
+            eprintln!("seed {seed}");
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
