@@ -1,7 +1,7 @@
 # Everything that is built goes under ~/.cache/lockstep, never into the clone.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/lockstep/target
 .DEFAULT_GOAL := help
-.PHONY: help check test sim fmt
+.PHONY: help check test sim mutants fmt
 SEEDS ?= 10000
 
 help: ## List the targets
@@ -18,5 +18,8 @@ check: ## Formatting, lints and unit tests
 sim: ## Random histories of the mirror on simulated disks (SEEDS=N)
 	SIM_SEEDS=$(SEEDS) cargo test -p lockstep-sim --locked --test mirror random -- --nocapture
 
-test: check ## Everything, as CI runs it
+mutants: ## Break the core on purpose, patch by patch, and see a test fail
+	tests/mutants/run
+
+test: check mutants ## Everything, as CI runs it
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
