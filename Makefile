@@ -1,7 +1,7 @@
 # Everything that is built goes under ~/.cache/lockstep, never into the clone.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/lockstep/target
 .DEFAULT_GOAL := help
-.PHONY: help check test sim mutants fmt
+.PHONY: help check test sim mutants native deny fmt
 SEEDS ?= 10000
 
 help: ## List the targets
@@ -13,7 +13,7 @@ fmt: ## Format the code
 check: ## Formatting, lints and unit tests
 	cargo fmt --all -- --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
-	cargo test --workspace --locked
+	cargo test --workspace --exclude lockstep-native --locked
 
 sim: ## Random histories of the mirror on simulated disks (SEEDS=N)
 	SIM_SEEDS=$(SEEDS) cargo test -p lockstep-sim --locked --test mirror random -- --nocapture
@@ -21,5 +21,12 @@ sim: ## Random histories of the mirror on simulated disks (SEEDS=N)
 mutants: ## Break the core on purpose, patch by patch, and see a test fail
 	tests/mutants/run
 
-test: check mutants ## Everything, as CI runs it
+native: ## The datapath on loop disks with XFS, under fio (needs root)
+	tests/native/run
+
+deny: ## Licenses, sources and bans of the dependencies
+	command -v cargo-deny >/dev/null || cargo install --locked --quiet cargo-deny
+	cargo deny --locked check bans licenses sources
+
+test: check mutants native deny ## Everything, as CI runs it
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked

@@ -1,0 +1,151 @@
+//! Loop devices: `include/uapi/linux/loop.h`.
+#![allow(unsafe_code)]
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+const LOOP_CLR_FD: libc::c_ulong = 0x4C01;
+const LOOP_GET_STATUS64: libc::c_ulong = 0x4C05;
+const LOOP_SET_CAPACITY: libc::c_ulong = 0x4C07;
+const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
+const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
+const LO_FLAGS_DIRECT_IO: u32 = 16;
+const NAME_LEN: usize = 64;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct LoopInfo64 {
+    device: u64,
+    inode: u64,
+    rdevice: u64,
+    offset: u64,
+    sizelimit: u64,
+    number: u32,
+    encrypt_type: u32,
+    encrypt_key_size: u32,
+    flags: u32,
+    file_name: [u8; NAME_LEN],
+    crypt_name: [u8; 64],
+    encrypt_key: [u8; 32],
+    init: [u64; 2],
+}
+
+#[repr(C)]
+struct LoopConfig {
+    fd: u32,
+    block_size: u32,
+    info: LoopInfo64,
+    reserved: [u64; 8],
+}
+
+const _: () = assert!(size_of::<LoopInfo64>() == 232 && size_of::<LoopConfig>() == 304);
+
+const EMPTY: LoopInfo64 = LoopInfo64 {
+    device: 0,
+    inode: 0,
+    rdevice: 0,
+    offset: 0,
+    sizelimit: 0,
+    number: 0,
+    encrypt_type: 0,
+    encrypt_key_size: 0,
+    flags: 0,
+    file_name: [0; NAME_LEN],
+    crypt_name: [0; 64],
+    encrypt_key: [0; 32],
+    init: [0; 2],
+};
+
+/// An attached loop device.
+#[derive(Debug)]
+pub(crate) struct LoopDevice {
+    path: PathBuf,
+    file: File,
+}
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open(path)
+}
+
+/// Puts a loop device with 4096-byte blocks and direct I/O over `backing`. `name` (at most 63 bytes) marks it as ours.
+pub(crate) fn attach(backing: &OwnedFd, name: &str) -> io::Result<LoopDevice> {
+    let control = open(Path::new("/dev/loop-control"))?;
+    for _ in 0..64 {
+        // SAFETY: LOOP_CTL_GET_FREE takes no argument.
+        let number = check(unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) })?;
+        let path = PathBuf::from(format!("/dev/loop{number}"));
+        let file = open(&path)?;
+        let mut info = EMPTY;
+        info.flags = LO_FLAGS_DIRECT_IO;
+        let len = name.len().min(NAME_LEN - 1);
+        info.file_name[..len].copy_from_slice(&name.as_bytes()[..len]);
+        let config = LoopConfig { fd: backing.as_raw_fd() as u32, block_size: 4096, info, reserved: [0; 8] };
+        // SAFETY: `config` is a struct loop_config that lives through the call; the kernel only reads it.
+        match check(unsafe { libc::ioctl(file.as_raw_fd(), LOOP_CONFIGURE, &raw const config) }) {
+            Ok(_) => return Ok(LoopDevice { path, file }),
+            // Somebody else took that number in between.
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::ResourceBusy, "every free loop device was taken by somebody else, 64 times"))
+}
+
+fn name_of(file: &File) -> Option<String> {
+    let mut info = EMPTY;
+    // SAFETY: `info` is a struct loop_info64 that lives through the call; the kernel fills it.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) }).ok()?;
+    let len = info.file_name.iter().position(|byte| *byte == 0).unwrap_or(NAME_LEN);
+    String::from_utf8(info.file_name[..len].to_vec()).ok()
+}
+
+/// Every loop device that carries this name: what an earlier process left behind.
+pub(crate) fn find(name: &str) -> io::Result<Vec<LoopDevice>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/sys/block")? {
+        let entry = entry?;
+        if !entry.file_name().to_string_lossy().starts_with("loop") || !entry.path().join("loop").exists() {
+            continue;
+        }
+        let path = Path::new("/dev").join(entry.file_name());
+        let Ok(file) = open(&path) else { continue };
+        if name_of(&file).as_deref() == Some(name) {
+            found.push(LoopDevice { path, file });
+        }
+    }
+    Ok(found)
+}
+
+impl LoopDevice {
+    /// `/dev/loopN`.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Reads the backing file's size again.
+    pub(crate) fn refresh_size(&self) -> io::Result<()> {
+        // SAFETY: LOOP_SET_CAPACITY takes no argument.
+        check(unsafe { libc::ioctl(self.file.as_raw_fd(), LOOP_SET_CAPACITY, 0) }).map(drop)
+    }
+
+    /// Whether the kernel will send flushes.
+    pub(crate) fn has_write_cache(&self) -> io::Result<bool> {
+        let name = self.path.file_name().unwrap_or_default();
+        let cache = std::fs::read_to_string(Path::new("/sys/block").join(name).join("queue/write_cache"))?;
+        Ok(cache.trim() == "write back")
+    }
+
+    /// Detaches it. In use: the kernel does so when the last user is gone.
+    pub(crate) fn detach(self) -> io::Result<()> {
+        // SAFETY: LOOP_CLR_FD takes no argument.
+        check(unsafe { libc::ioctl(self.file.as_raw_fd(), LOOP_CLR_FD, 0) }).map(drop)
+    }
+}

@@ -1,0 +1,4 @@
+//! The kernel's ABI, nothing else: no policy here.
+
+pub(crate) mod fuse;
+pub(crate) mod loop_device;

@@ -1,0 +1,217 @@
+//! Payload memory: one bounded pool per datapath thread, allocated once.
+//!
+//! A buffer goes back to the pool when the last holder lets go of it: the request, and every leg I/O that uses it. So a late I/O keeps
+//! its memory, whatever became of its request (mirror rule 27).
+//!
+//! Copies have buffers of their own: a copy that holds its range never waits for a client's request to end.
+#![allow(unsafe_code)]
+
+use std::{
+    alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
+    cell::RefCell,
+    ptr::NonNull,
+    rc::Rc,
+};
+
+use tokio::sync::Notify;
+
+pub(crate) const PAGE: usize = 4096;
+
+/// What a buffer is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Class {
+    /// Requests of up to 32 KiB.
+    Small,
+    /// Requests of up to 1 MiB, after one page for the FUSE header: a request is read so that its payload is page-aligned.
+    Large,
+    /// Pieces that resync and rebuild copy.
+    Copy,
+    /// One metadata page.
+    Meta,
+}
+
+impl Class {
+    const ALL: [Class; 4] = [Class::Small, Class::Large, Class::Copy, Class::Meta];
+
+    pub(crate) const fn bytes(self) -> usize {
+        match self {
+            Class::Small => 32 << 10,
+            Class::Large => (1 << 20) + PAGE,
+            Class::Copy => 1 << 20,
+            Class::Meta => PAGE,
+        }
+    }
+
+    /// How many of them a thread has: 512 x 32 KiB + 40 x 1 MiB + 8 x 1 MiB, 64 MiB in all. Meta pages are few and short-lived.
+    const fn count(self) -> usize {
+        match self {
+            Class::Small => 512,
+            Class::Large => 40,
+            Class::Copy => 8,
+            Class::Meta => 64,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Memory(NonNull<u8>, Layout);
+
+impl Memory {
+    fn new(class: Class) -> Self {
+        let layout = Layout::from_size_align(class.bytes(), PAGE).expect("a multiple of the page");
+        // SAFETY: the layout is not empty.
+        let memory = unsafe { alloc_zeroed(layout) };
+        Self(NonNull::new(memory).unwrap_or_else(|| handle_alloc_error(layout)), layout)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: it was allocated with this layout, and only here is it freed.
+        unsafe { dealloc(self.0.as_ptr(), self.1) }
+    }
+}
+
+/// The pool.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    free: [RefCell<Vec<Memory>>; 4],
+    freed: Notify,
+}
+
+impl Pool {
+    pub(crate) fn new() -> Rc<Self> {
+        let class = |class: Class| RefCell::new((0..class.count()).map(|_| Memory::new(class)).collect());
+        Rc::new(Self { free: Class::ALL.map(class), freed: Notify::new() })
+    }
+
+    pub(crate) fn available(&self, class: Class) -> bool {
+        !self.free[class as usize].borrow().is_empty()
+    }
+
+    /// Takes one, if there is one.
+    pub(crate) fn take(self: &Rc<Self>, class: Class) -> Option<Buffer> {
+        let memory = self.free[class as usize].borrow_mut().pop()?;
+        Some(Buffer { memory: Some(memory), class, pool: Rc::clone(self) })
+    }
+
+    /// Waits for one.
+    pub(crate) async fn get(self: &Rc<Self>, class: Class) -> Buffer {
+        loop {
+            let freed = self.freed.notified();
+            if let Some(buffer) = self.take(class) {
+                return buffer;
+            }
+            freed.await;
+        }
+    }
+
+    /// Waits until any buffer came back, unless `enough` already holds.
+    pub(crate) async fn until(&self, enough: impl Fn(&Self) -> bool) {
+        loop {
+            let freed = self.freed.notified();
+            if enough(self) {
+                return;
+            }
+            freed.await;
+        }
+    }
+}
+
+/// One buffer, out of the pool.
+#[derive(Debug)]
+pub(crate) struct Buffer {
+    memory: Option<Memory>,
+    class: Class,
+    pool: Rc<Pool>,
+}
+
+impl Buffer {
+    fn pointer(&self) -> *mut u8 {
+        self.memory.as_ref().expect("only drop takes it").0.as_ptr()
+    }
+
+    /// The bytes. The caller knows that no leg I/O writes to them now.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: the memory is initialized (zeroed at birth), lives as long as `self`, and is written only by the kernel on behalf of
+        // a read that the core asked for; the core answers a request, which is when its bytes are looked at, after those reads ended.
+        unsafe { std::slice::from_raw_parts(self.pointer(), self.class.bytes()) }
+    }
+
+    /// The bytes, while nobody else has the buffer.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and `&mut self` says that no `Rc` of it is shared with an I/O.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer(), self.class.bytes()) }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Some(memory) = self.memory.take() {
+            self.pool.free[self.class as usize].borrow_mut().push(memory);
+            self.pool.freed.notify_waiters();
+        }
+    }
+}
+
+/// A part of a buffer that one leg I/O uses. It keeps the buffer out of the pool.
+#[derive(Debug)]
+pub(crate) struct Window {
+    buffer: Rc<Buffer>,
+    offset: usize,
+    len: usize,
+}
+
+impl Window {
+    pub(crate) fn new(buffer: Rc<Buffer>, offset: usize, len: usize) -> Self {
+        assert!(offset + len <= buffer.class.bytes(), "an I/O of {len} bytes at {offset} does not fit {:?}", buffer.class);
+        Self { buffer, offset, len }
+    }
+}
+
+// SAFETY: the memory neither moves nor is freed while `buffer` is held, and the window lies within it (checked in `new`).
+unsafe impl tokio_uring::buf::IoBuf for Window {
+    fn stable_ptr(&self) -> *const u8 {
+        self.buffer.pointer().wrapping_add(self.offset)
+    }
+    fn bytes_init(&self) -> usize {
+        self.len
+    }
+    fn bytes_total(&self) -> usize {
+        self.len
+    }
+}
+
+// SAFETY: as above; all of it is initialized from the start.
+unsafe impl tokio_uring::buf::IoBufMut for Window {
+    fn stable_mut_ptr(&mut self) -> *mut u8 {
+        self.buffer.pointer().wrapping_add(self.offset)
+    }
+    unsafe fn set_init(&mut self, _: usize) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_stays_out_of_the_pool_as_long_as_an_io_holds_it() {
+        let pool = Pool::new();
+        let all: Vec<Buffer> = std::iter::from_fn(|| pool.take(Class::Copy)).collect();
+        assert_eq!(all.len(), Class::Copy.count());
+        let mut all = all.into_iter();
+        let shared = Rc::new(all.next().unwrap());
+        let window = Window::new(Rc::clone(&shared), 4096, 4096);
+        drop(shared);
+        assert!(!pool.available(Class::Copy));
+        drop(window);
+        assert!(pool.available(Class::Copy));
+    }
+
+    #[test]
+    #[should_panic(expected = "does not fit")]
+    fn a_window_beyond_its_buffer_is_refused() {
+        let pool = Pool::new();
+        Window::new(Rc::new(pool.take(Class::Small).unwrap()), 32 << 10, 4096);
+    }
+}

@@ -1,0 +1,68 @@
+//! What can go wrong with a volume.
+
+use std::{io, path::PathBuf};
+
+use lockstep_core::{assembly::Refusal, format::MetaError, units::Errno};
+
+/// Why something was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The legs that were found do not make a mirror that may be used.
+    #[error("the mirror cannot be assembled: {0}")]
+    Refused(#[from] Refusal),
+    /// A leg's metadata cannot be used.
+    #[error("{path}: {source}")]
+    Meta {
+        /// The `meta` file.
+        path: PathBuf,
+        /// Why.
+        source: MetaError,
+    },
+    /// I/O of an earlier process to a leg is not over, or another process has it.
+    #[error("{path} is locked: another process still has I/O on it or has it open")]
+    LegBusy {
+        /// The `data` file.
+        path: PathBuf,
+    },
+    /// A leg's file is shorter than its volume.
+    #[error("{path} has {found} bytes, but the volume has {wanted}: it was truncated")]
+    Truncated {
+        /// The `data` file.
+        path: PathBuf,
+        /// Its size.
+        found: u64,
+        /// The volume's size.
+        wanted: u64,
+    },
+    /// A system call failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried, on what.
+        what: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The mirror refused a command.
+    #[error("the mirror answered {0}")]
+    Mirror(Errno),
+    /// The volume is closed, or its datapath thread is gone.
+    #[error("the volume is not open any more")]
+    Gone,
+    /// The kernel would never send a flush to this device.
+    #[error("{device} shows no volatile write cache, so flushes would be lost: refused")]
+    NoFlush {
+        /// The block device.
+        device: PathBuf,
+    },
+}
+
+/// Gives an `io::Error` its context.
+pub(crate) trait Context<T> {
+    fn context(self, what: impl FnOnce() -> String) -> Result<T, Error>;
+}
+
+impl<T, E: Into<io::Error>> Context<T> for Result<T, E> {
+    fn context(self, what: impl FnOnce() -> String) -> Result<T, Error> {
+        self.map_err(|source| Error::Io { what: what(), source: source.into() })
+    }
+}

@@ -1,0 +1,318 @@
+//! What the rest of the process holds: the datapath and its volumes.
+
+use std::{
+    fs::OpenOptions,
+    io::Read,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+use lockstep_core::{
+    assembly::{Assembly, assemble},
+    format,
+    io::{Effects, Fill, Notice, Request},
+    status::Status,
+    units::{BLOCK_SIZE, Epoch, Errno, Instant, LegId, Slot, VolumeId},
+};
+use tokio::sync::{Mutex, broadcast, mpsc, oneshot, watch};
+use tracing::warn;
+
+use crate::{
+    abi::loop_device::LoopDevice,
+    device::{self, Mount},
+    error::{Context, Error},
+    leg::{self, OpenLeg},
+    thread::Thread,
+    volume::{Command, Start},
+};
+
+/// Where a leg is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LegPath {
+    /// The directory with `data` and `meta`.
+    pub dir: PathBuf,
+}
+
+/// What is to be opened.
+#[derive(Clone, Debug)]
+pub struct VolumeSpec {
+    /// The volume: the UID of its object.
+    pub volume: VolumeId,
+    /// Every leg that was found.
+    pub legs: Vec<LegPath>,
+    /// The witness file.
+    pub witness: PathBuf,
+    /// The epoch that the object's status last saw.
+    pub seen_epoch: Option<Epoch>,
+    /// The operator insists on this leg.
+    pub force: Option<LegId>,
+    /// Where the FUSE file is mounted, under the volume's id.
+    pub run_dir: PathBuf,
+}
+
+/// The datapath threads of a node.
+#[derive(Debug)]
+pub struct Datapath {
+    threads: Vec<Thread>,
+}
+
+/// An open volume. Dropping it without `close` leaves its device behind, as a kill would.
+#[derive(Debug)]
+pub struct Volume {
+    name: String,
+    device: PathBuf,
+    state: Mutex<Option<(Mount, LoopDevice)>>,
+    legs: Mutex<[Option<PathBuf>; 2]>,
+    commands: mpsc::Sender<Command>,
+    status: watch::Receiver<Status>,
+    notices: broadcast::Sender<Notice>,
+    returning: Vec<(LegPath, Slot, Fill)>,
+    witness: PathBuf,
+}
+
+struct Opened {
+    start: Start,
+    commands: mpsc::Sender<Command>,
+    mount: Mount,
+    legs: [Option<PathBuf>; 2],
+    returning: Vec<(LegPath, Slot, Fill)>,
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work).await.unwrap_or(Err(Error::Gone))
+}
+
+impl Datapath {
+    /// Starts this many threads.
+    ///
+    /// # Errors
+    /// `Error::Io` if a thread cannot be started.
+    pub fn start(threads: usize) -> Result<Self, Error> {
+        let threads = (0..threads.max(1)).map(Thread::start).collect::<Result<_, _>>();
+        Ok(Self { threads: threads.context(|| "starting a datapath thread".into())? })
+    }
+
+    /// Fences the legs, assembles the mirror and makes its block device. What an earlier process left behind for the volume is removed
+    /// first. A leg that cannot be opened or fenced is left out, if the mirror may do without it.
+    ///
+    /// # Errors
+    /// `Error::Refused` if the mirror must not be used as it was found; `Error::Io`, `Error::Truncated`, `Error::NoFlush`.
+    pub async fn open(&self, spec: VolumeSpec) -> Result<Volume, Error> {
+        let thread = self.threads.iter().min_by_key(|thread| thread.volumes()).ok_or(Error::Gone)?;
+        let witness = spec.witness.clone();
+        let opened = blocking(move || open(&spec)).await?;
+        let name = opened.start.name.clone();
+        let (status, notices) = (opened.start.status.subscribe(), opened.start.notices.clone());
+        if thread.add(opened.start).await.is_err() {
+            let mount = opened.mount;
+            drop(blocking(move || mount.unmount()).await);
+            return Err(Error::Gone);
+        }
+        let (mount, mark) = (opened.mount, name.clone());
+        let attached = blocking(move || match mount.attach_loop(&mark) {
+            Ok(device) => Ok((mount, device)),
+            Err(error) => {
+                drop(mount.unmount());
+                Err(error)
+            }
+        });
+        let (mount, device) = attached.await?;
+        Ok(Volume {
+            name,
+            device: device.path().to_owned(),
+            state: Mutex::new(Some((mount, device))),
+            legs: Mutex::new(opened.legs),
+            commands: opened.commands,
+            status,
+            notices,
+            returning: opened.returning,
+            witness,
+        })
+    }
+}
+
+fn open(spec: &VolumeSpec) -> Result<Opened, Error> {
+    let name = spec.volume.to_string();
+    device::remove_leftovers(&spec.run_dir, &name)?;
+    let mut found = Vec::new();
+    for path in &spec.legs {
+        match OpenLeg::open(&path.dir) {
+            Ok(leg) => found.push(leg),
+            Err(error) => warn!(%error, "a leg is left out"),
+        }
+    }
+    let mut witness = Vec::new();
+    let witness_file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_DSYNC)
+        .open(&spec.witness)
+        .context(|| format!("opening {}", spec.witness.display()))?;
+    (&witness_file).take(format::WITNESS_LEN).read_to_end(&mut witness).context(|| format!("reading {}", spec.witness.display()))?;
+
+    let metas: Vec<&[u8]> = found.iter().map(|leg| leg.meta.as_slice()).collect();
+    let assembly = Assembly {
+        volume: spec.volume,
+        metas: &metas,
+        witness: (!witness.is_empty()).then_some(witness.as_slice()),
+        seen_epoch: spec.seen_epoch,
+        force: spec.force,
+        seed: uuid::Uuid::new_v4().as_u128(),
+        now: Instant(0),
+    };
+    let mut effects = Effects::new();
+    let assembled = assemble(&assembly, &mut effects)?;
+    let status = assembled.mirror.status();
+    let bytes = status.blocks * BLOCK_SIZE;
+    let returning = assembled.returning.iter().map(|(index, slot, fill)| (LegPath { dir: found[*index].dir.clone() }, *slot, *fill));
+    let returning = returning.collect();
+    let mut found: Vec<Option<OpenLeg>> = found.into_iter().map(Some).collect();
+    let legs = assembled.slots.map(|index| index.and_then(|index| found[index].take()));
+    for leg in legs.iter().flatten() {
+        if leg.len < bytes {
+            return Err(Error::Truncated { path: leg.dir.join("data"), found: leg.len, wanted: bytes });
+        }
+        leg.allocate(bytes)?;
+    }
+    let dirs = [0, 1].map(|slot: usize| legs[slot].as_ref().map(|leg| leg.dir.clone()));
+    let (mount, fuse) = device::mount_fuse(&spec.run_dir, &name)?;
+    let (commands, incoming) = mpsc::channel(16);
+    let start = Start {
+        name,
+        mirror: assembled.mirror,
+        effects,
+        legs,
+        witness: witness_file,
+        fuse,
+        commands: incoming,
+        status: watch::Sender::new(status),
+        notices: broadcast::Sender::new(256),
+    };
+    Ok(Opened { start, commands, mount, legs: dirs, returning })
+}
+
+impl Volume {
+    /// Its block device.
+    pub fn device(&self) -> &Path {
+        &self.device
+    }
+
+    /// Its name: the volume's id.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its witness file.
+    pub fn witness(&self) -> &Path {
+        &self.witness
+    }
+
+    /// The mirror's status, as it changes.
+    pub fn status(&self) -> watch::Receiver<Status> {
+        self.status.clone()
+    }
+
+    /// What happens from now on.
+    pub fn notices(&self) -> broadcast::Receiver<Notice> {
+        self.notices.subscribe()
+    }
+
+    /// Stale legs that were found at opening and how they can come back (`attach`).
+    pub fn returning(&self) -> &[(LegPath, Slot, Fill)] {
+        &self.returning
+    }
+
+    async fn ask(&self, command: impl FnOnce(oneshot::Sender<Result<(), Errno>>) -> Command) -> Result<(), Error> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.map_err(|_| Error::Gone)?;
+        answer.await.map_err(|_| Error::Gone)?.map_err(Error::Mirror)
+    }
+
+    async fn submit(&self, request: Request) -> Result<(), Error> {
+        self.ask(|reply| Command::Submit(request, reply)).await
+    }
+
+    /// Puts a leg into a slot whose leg is OUT. Returns when it is durably RECOVERING; `notices` tells when it is IN. With
+    /// `Fill::Everything` the leg must be new and empty (`create_leg` with `format::spare_leg`).
+    ///
+    /// # Errors
+    /// `Error::Mirror(EBUSY)`: the slot's leg still counts, or I/O to it is not over.
+    pub async fn attach(&self, slot: Slot, path: LegPath, fill: Fill) -> Result<(), Error> {
+        let bytes = self.status.borrow().blocks * BLOCK_SIZE;
+        let dir = path.dir.clone();
+        let open = blocking(move || {
+            let leg = OpenLeg::open(&dir)?;
+            let summary = format::peek(&leg.meta).map_err(|source| Error::Meta { path: dir.join("meta"), source })?;
+            leg.allocate(bytes)?;
+            Ok((leg, summary.leg))
+        });
+        let (leg, id) = open.await?;
+        let request = Request::Attach { slot, leg: id, fill };
+        self.ask(|reply| Command::Attach { slot, leg: Box::new(leg), request, reply }).await?;
+        self.legs.lock().await[slot.index()] = Some(path.dir);
+        Ok(())
+    }
+
+    /// Takes a leg out.
+    ///
+    /// # Errors
+    /// `Error::Mirror(EBUSY)`: it is the last one that counts.
+    pub async fn detach(&self, slot: Slot) -> Result<(), Error> {
+        self.submit(Request::Detach(slot)).await
+    }
+
+    /// Makes the volume `bytes` long: first the legs, then the mirror, then the device.
+    ///
+    /// # Errors
+    /// `Error::Io` if a leg's disk has no room: nothing has changed then.
+    pub async fn grow(&self, bytes: u64) -> Result<(), Error> {
+        let old = self.status.borrow().blocks * BLOCK_SIZE;
+        for dir in self.legs.lock().await.clone().into_iter().flatten() {
+            blocking(move || {
+                let data = OpenOptions::new().write(true).open(dir.join("data"));
+                data.and_then(|data| leg::allocate(&data, old, bytes))
+                    .context(|| format!("growing {}/data to {bytes} bytes", dir.display()))
+            })
+            .await?;
+        }
+        self.submit(Request::Grow { blocks: bytes / BLOCK_SIZE }).await?;
+        self.ask(Command::InvalidateAttributes).await?;
+        let state = self.state.lock().await;
+        let Some((mount, device)) = state.as_ref() else { return Err(Error::Gone) };
+        // A stat brings the new size into the kernel's inode; the loop device takes it from there.
+        let file = blocking({
+            let file = mount.open()?;
+            move || file.metadata().context(|| "reading the device's new size".into())
+        });
+        file.await?;
+        device.refresh_size().context(|| format!("growing {}", device.path().display()))
+    }
+
+    /// Makes every answered write durable.
+    ///
+    /// # Errors
+    /// `Error::Mirror` if no leg could.
+    pub async fn flush(&self) -> Result<(), Error> {
+        self.submit(Request::Flush).await
+    }
+
+    /// Detaches the device, stops the mirror cleanly and lets go of the legs. The device's users must be gone. May be called again after
+    /// an error.
+    ///
+    /// # Errors
+    /// `Error::Io`, `Error::Mirror`.
+    pub async fn close(&self) -> Result<(), Error> {
+        let mut state = self.state.lock().await;
+        if let Some((mount, device)) = state.take() {
+            let path = device.path().to_owned();
+            blocking(move || device.detach().context(|| format!("detaching {}", path.display()))).await?;
+            // The kernel may still be letting go of the device; what it sends until then is served.
+            self.submit(Request::Stop).await?;
+            blocking(move || mount.unmount()).await?;
+        }
+        self.ask(Command::Close).await
+    }
+}

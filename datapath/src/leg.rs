@@ -1,0 +1,235 @@
+//! A leg's two files: `data`, a plain image from offset 0, and `meta` beside it.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Read, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use lockstep_core::{
+    format,
+    io::{LegOp, Outcome, Page},
+    units::{BLOCK_SIZE, BlockRange, Errno},
+};
+use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, flock, seek};
+
+use crate::{
+    buffers::{Class, Pool, Window},
+    error::{Context, Error},
+};
+
+/// How long an earlier process's I/O on a leg is waited for.
+const FENCE_DEADLINE: Duration = Duration::from_secs(10);
+/// Zeroes without giving the space back: a thick volume keeps what it was promised.
+const ZERO_KEEPING_SPACE: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+
+/// The piece in which space is allocated: XFS reserves room for a whole call, also where the file has its blocks already.
+const ALLOCATE_STEP: u64 = 16 << 20;
+
+/// Allocates `[from, to)` of a file durably, making it that long.
+pub(crate) fn allocate(file: &File, from: u64, to: u64) -> io::Result<()> {
+    let mut at = from;
+    while at < to {
+        let len = ALLOCATE_STEP.min(to - at);
+        fallocate(file, FallocateFlags::empty(), at, len)?;
+        at += len;
+    }
+    file.sync_all()
+}
+
+fn create_durable(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    let mut file =
+        OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).context(|| format!("creating {}", path.display()))?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).context(|| format!("writing {}", path.display()))
+}
+
+fn sync_dir(dir: &Path) -> Result<(), Error> {
+    File::open(dir).and_then(|dir| dir.sync_all()).context(|| format!("syncing {}", dir.display()))
+}
+
+/// Makes the files of one leg in `dir`, which must exist: `data`, `bytes` long, fully allocated and reading as zeroes, and `meta` with this
+/// content (`lockstep_core::format::{new_leg, spare_leg}`). Durable when it returns; `meta` is made last, so that a leg with a `meta` is whole.
+///
+/// # Errors
+/// `Error::Io`; "no space" among them. An existing file is never touched.
+pub fn create_leg(dir: &Path, bytes: u64, meta: &[u8]) -> Result<(), Error> {
+    let path = dir.join("data");
+    let data =
+        OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).context(|| format!("creating {}", path.display()))?;
+    // In one call, so that a file system without the room says so at once.
+    fallocate(&data, FallocateFlags::empty(), 0, bytes)
+        .map_err(io::Error::from)
+        .and_then(|()| data.sync_all())
+        .context(|| format!("allocating {bytes} bytes for {}", path.display()))?;
+    create_durable(&dir.join("meta"), meta)?;
+    sync_dir(dir)
+}
+
+/// Makes a volume's witness file with this content (`lockstep_core::format::new_witness`), durably.
+///
+/// # Errors
+/// `Error::Io`. An existing file is never touched.
+pub fn create_witness(path: &Path, content: &[u8]) -> Result<(), Error> {
+    create_durable(path, content)?;
+    sync_dir(path.parent().unwrap_or(Path::new("/")))
+}
+
+/// A leg that was opened and fenced: nobody else has I/O on it.
+#[derive(Debug)]
+pub(crate) struct OpenLeg {
+    pub(crate) dir: PathBuf,
+    pub(crate) meta: Vec<u8>,
+    pub(crate) len: u64,
+    data: File,
+    data_durable: File,
+    meta_file: File,
+}
+
+fn open_direct(path: &Path, flags: i32) -> Result<File, Error> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_DIRECT | flags)
+        .open(path)
+        .context(|| format!("opening {}", path.display()))
+}
+
+impl OpenLeg {
+    /// Opens and fences the leg in `dir`. Blocks: up to 10 s if an earlier process's writes are still on their way.
+    pub(crate) fn open(dir: &Path) -> Result<Self, Error> {
+        let path = dir.join("data");
+        let data = open_direct(&path, 0)?;
+        let deadline = Instant::now() + FENCE_DEADLINE;
+        // In-flight I/O of a dead process keeps its open file and with it the lock: who gets the lock has seen the last stale write.
+        while let Err(error) = flock(&data, FlockOperation::NonBlockingLockExclusive) {
+            if error != rustix::io::Errno::WOULDBLOCK {
+                return Err(error).context(|| format!("locking {}", path.display()));
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::LegBusy { path });
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let meta_path = dir.join("meta");
+        let mut meta = Vec::new();
+        File::open(&meta_path)
+            .and_then(|file| file.take(format::META_LEN).read_to_end(&mut meta))
+            .context(|| format!("reading {}", meta_path.display()))?;
+        let len = data.metadata().context(|| format!("reading the size of {}", path.display()))?.len();
+        let data_durable = open_direct(&path, libc::O_DSYNC)?;
+        let meta_file = open_direct(&meta_path, libc::O_DSYNC)?;
+        Ok(Self { dir: dir.to_owned(), meta, len, data, data_durable, meta_file })
+    }
+
+    /// Allocates whatever of the first `bytes` is not, so that no write meets a full disk (a discard from elsewhere may have punched).
+    pub(crate) fn allocate(&self, bytes: u64) -> Result<(), Error> {
+        allocate(&self.data, 0, bytes).context(|| format!("allocating {bytes} bytes for {}", self.dir.join("data").display()))
+    }
+
+    /// Hands the files to the datapath thread that calls this.
+    pub(crate) fn into_files(self) -> Result<Rc<LegFiles>, Error> {
+        let seek_file = self.data.try_clone().context(|| format!("opening {}", self.dir.display()))?;
+        Ok(Rc::new(LegFiles {
+            data: tokio_uring::fs::File::from_std(self.data),
+            data_durable: tokio_uring::fs::File::from_std(self.data_durable),
+            meta: tokio_uring::fs::File::from_std(self.meta_file),
+            seek: std::sync::Arc::new(seek_file),
+        }))
+    }
+}
+
+/// A leg's files on its datapath thread.
+pub(crate) struct LegFiles {
+    data: tokio_uring::fs::File,
+    data_durable: tokio_uring::fs::File,
+    meta: tokio_uring::fs::File,
+    seek: std::sync::Arc<File>,
+}
+
+/// A leg operation with its memory.
+pub(crate) enum Prepared {
+    Read { at: u64, window: Window },
+    Write { at: u64, window: Window, fua: bool },
+    Zero(BlockRange),
+    Flush,
+    NextData(BlockRange),
+    WriteMeta { offset: u64, page: Page },
+}
+
+impl Prepared {
+    /// `window` finds the memory of the operation's buffer.
+    pub(crate) fn new(op: LegOp, window: impl FnOnce(lockstep_core::io::Buffer, BlockRange) -> Window) -> Self {
+        match op {
+            LegOp::Read { range, buffer } => Self::Read { at: range.byte_offset(), window: window(buffer, range) },
+            LegOp::Write { range, buffer, fua } => Self::Write { at: range.byte_offset(), window: window(buffer, range), fua },
+            LegOp::Zero { range } => Self::Zero(range),
+            LegOp::Flush => Self::Flush,
+            LegOp::NextData { range } => Self::NextData(range),
+            LegOp::WriteMeta { offset, page } => Self::WriteMeta { offset, page },
+        }
+    }
+}
+
+pub(crate) fn errno(error: &io::Error) -> Errno {
+    Errno(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+fn outcome(result: io::Result<u64>) -> Outcome {
+    match result {
+        Ok(bytes) => Outcome::Done(bytes),
+        Err(error) => Outcome::Failed(errno(&error)),
+    }
+}
+
+impl LegFiles {
+    /// Does it.
+    pub(crate) async fn perform(&self, pool: &Rc<Pool>, op: Prepared) -> Outcome {
+        match op {
+            Prepared::Read { at, window } => outcome(self.data.read_at(window, at).await.0.map(|n| n as u64)),
+            Prepared::Write { at, window, fua } => {
+                let file = if fua { &self.data_durable } else { &self.data };
+                outcome(file.write_at(window, at).submit().await.0.map(|n| n as u64))
+            }
+            Prepared::Zero(range) => {
+                outcome(self.data.fallocate(range.byte_offset(), range.byte_len(), ZERO_KEEPING_SPACE).await.map(|()| 0))
+            }
+            Prepared::Flush => outcome(self.data.sync_data().await.map(|()| 0)),
+            Prepared::NextData(range) => self.next_data(range).await,
+            Prepared::WriteMeta { offset, page } => {
+                let mut buffer = pool.get(Class::Meta).await;
+                buffer.bytes_mut().copy_from_slice(page.as_slice());
+                let window = Window::new(Rc::new(buffer), 0, page.len());
+                match self.meta.write_at(window, offset).submit().await.0 {
+                    Ok(n) if n == page.len() => Outcome::Done(0),
+                    Ok(_) => Outcome::Failed(Errno::EIO),
+                    Err(error) => Outcome::Failed(errno(&error)),
+                }
+            }
+        }
+    }
+
+    /// There is no ring operation for SEEK_DATA.
+    async fn next_data(&self, range: BlockRange) -> Outcome {
+        let file = std::sync::Arc::clone(&self.seek);
+        let found = tokio::task::spawn_blocking(move || {
+            let start = match seek(&file, SeekFrom::Data(range.byte_offset())) {
+                Ok(start) => start / BLOCK_SIZE,
+                Err(rustix::io::Errno::NXIO) => return Ok(None),
+                Err(error) => return Err(error),
+            };
+            if start >= range.end {
+                return Ok(None);
+            }
+            let end = seek(&file, SeekFrom::Hole(start * BLOCK_SIZE))?.div_ceil(BLOCK_SIZE);
+            Ok(Some(BlockRange::new(start.max(range.start), end.min(range.end))))
+        });
+        match found.await {
+            Ok(Ok(extent)) => Outcome::Extent(extent),
+            Ok(Err(error)) => Outcome::Failed(Errno(error.raw_os_error())),
+            Err(_) => Outcome::Failed(Errno::EIO),
+        }
+    }
+}

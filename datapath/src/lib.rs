@@ -1,0 +1,27 @@
+//! The shell of a Lockstep mirror: performs what `lockstep-core` decides.
+//!
+//! ```text
+//!  file system -> /dev/loopN (direct I/O) -> a FUSE mount whose root is one regular file
+//!                                              |
+//!  datapath thread:  requests -> [ lockstep-core ] -> tokio-uring on the two legs' files, O_DIRECT
+//! ```
+//! Guarantees: one thread owns one mirror, nothing on the data path is locked; the payload is copied once, before both legs; memory
+//! is bounded and allocated once a thread (`buffers.rs`); a mirror that panics fails alone.
+//!
+//! What may block - opening and fencing legs, mounting, loop devices - happens on the caller's blocking pool, never on a datapath thread.
+
+mod abi;
+mod buffers;
+mod error;
+mod leg;
+mod thread;
+mod volume;
+
+mod device;
+mod handle;
+
+pub use device::remove_leftovers;
+pub use error::Error;
+pub use handle::{Datapath, LegPath, Volume, VolumeSpec};
+pub use leg::{create_leg, create_witness};
+pub use lockstep_core as core;

@@ -1,0 +1,63 @@
+//! A datapath thread: one ring, one pool, many volumes.
+
+use std::{
+    cell::RefCell,
+    io,
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use tokio::sync::mpsc;
+use tracing::Instrument;
+
+use crate::{buffers::Pool, volume};
+
+const RING_ENTRIES: u32 = 1024;
+
+/// How the rest of the process reaches a datapath thread.
+#[derive(Debug)]
+pub(crate) struct Thread {
+    starts: mpsc::Sender<volume::Start>,
+    volumes: Arc<AtomicUsize>,
+}
+
+impl Thread {
+    /// Starts the thread with this number.
+    pub(crate) fn start(number: usize) -> io::Result<Self> {
+        let (starts, mut incoming) = mpsc::channel::<volume::Start>(16);
+        let volumes = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&volumes);
+        std::thread::Builder::new().name(format!("datapath-{number}")).spawn(move || {
+            tokio_uring::builder().entries(RING_ENTRIES).start(async move {
+                let pool = Pool::new();
+                let landing = Rc::new(RefCell::new(None));
+                while let Some(start) = incoming.recv().await {
+                    let span = tracing::info_span!("volume", id = start.name);
+                    let (pool, landing, count) = (Rc::clone(&pool), Rc::clone(&landing), Arc::clone(&count));
+                    tokio_uring::spawn(
+                        async move {
+                            volume::run(start, pool, landing).await;
+                            count.fetch_sub(1, Ordering::Relaxed);
+                        }
+                        .instrument(span),
+                    );
+                }
+            });
+        })?;
+        Ok(Self { starts, volumes })
+    }
+
+    /// How many volumes it carries.
+    pub(crate) fn volumes(&self) -> usize {
+        self.volumes.load(Ordering::Relaxed)
+    }
+
+    /// Gives it one more. `Err`: the thread is gone.
+    pub(crate) async fn add(&self, start: volume::Start) -> Result<(), ()> {
+        self.volumes.fetch_add(1, Ordering::Relaxed);
+        self.starts.send(start).await.map_err(drop)
+    }
+}

@@ -1,0 +1,503 @@
+//! One volume on its datapath thread: requests from FUSE, the mirror's decisions, their performance.
+//!
+//! ```text
+//! /dev/fuse --read--> Event::Submit --> [ core ] --> Effect::Leg ------> a local task on the ring --> Event::Done
+//!     ^---- reply <------------------------ Complete         WriteWitness -> the blocking pool ------------^
+//! ```
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    io::IoSlice,
+    os::{fd::OwnedFd, unix::fs::FileExt},
+    panic::{AssertUnwindSafe, catch_unwind},
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
+
+use lockstep_core::{
+    COPY_WINDOW, Mirror,
+    io::{self, Effect, Effects, Event, Notice, Outcome},
+    status::{Status, Sync},
+    units::{BLOCK_SIZE, BlockRange, Errno, Instant, Slot, Tag},
+};
+use tokio::{
+    io::unix::AsyncFd,
+    sync::{Notify, broadcast, mpsc, oneshot, watch},
+};
+use tracing::{debug, error, info, warn};
+
+use crate::{
+    abi::fuse::{self, Operation},
+    buffers::{Buffer, Class, PAGE, Pool, Window},
+    leg::{LegFiles, OpenLeg, Prepared},
+};
+
+/// Requests taken from one volume before its neighbours get a turn.
+const BATCH: usize = 64;
+/// How often progress is published while the legs are made equal.
+const PROGRESS: Duration = Duration::from_millis(250);
+/// Tags of commands; the kernel's own never have this bit.
+const COMMAND: u64 = 1 << 62;
+
+/// What the handle asks of the volume's task.
+pub(crate) enum Command {
+    /// A request of the operator's.
+    Submit(io::Request, oneshot::Sender<Result<(), Errno>>),
+    /// A leg's files, for a slot whose leg is OUT, and then the request to attach it.
+    Attach { slot: Slot, leg: Box<OpenLeg>, request: io::Request, reply: oneshot::Sender<Result<(), Errno>> },
+    /// Have the kernel ask for the attributes again.
+    InvalidateAttributes(oneshot::Sender<Result<(), Errno>>),
+    /// Forget everything. The mirror was stopped before.
+    Close(oneshot::Sender<Result<(), Errno>>),
+}
+
+/// Everything a datapath thread needs to run a volume.
+pub(crate) struct Start {
+    pub(crate) name: String,
+    pub(crate) mirror: Mirror,
+    pub(crate) effects: Effects,
+    pub(crate) legs: [Option<OpenLeg>; 2],
+    pub(crate) witness: std::fs::File,
+    pub(crate) fuse: OwnedFd,
+    pub(crate) commands: mpsc::Receiver<Command>,
+    pub(crate) status: watch::Sender<Status>,
+    pub(crate) notices: broadcast::Sender<Notice>,
+}
+
+enum Pending {
+    Fuse { unique: u64, answer: Answer },
+    Command(Option<oneshot::Sender<Result<(), Errno>>>),
+}
+
+#[derive(Clone, Copy)]
+enum Answer {
+    Empty,
+    Written(u32),
+    /// So many bytes of the payload.
+    Payload(usize),
+}
+
+struct Entry {
+    pending: Pending,
+    payload: Option<(Rc<Buffer>, usize)>,
+}
+
+struct Volume {
+    pool: Rc<Pool>,
+    mirror: RefCell<Option<Mirror>>,
+    legs: RefCell<[Option<Rc<LegFiles>>; 2]>,
+    witness: Arc<std::fs::File>,
+    fuse: AsyncFd<OwnedFd>,
+    entries: RefCell<HashMap<Tag, Entry>>,
+    copies: RefCell<[Option<Rc<Buffer>>; COPY_WINDOW as usize]>,
+    born: std::time::Instant,
+    blocks: Cell<u64>,
+    next_command: Cell<u64>,
+    /// The deadline may have moved.
+    rearm: Notify,
+    closed: Cell<bool>,
+    closing: Notify,
+    status: watch::Sender<Status>,
+    notices: broadcast::Sender<Notice>,
+}
+
+/// Runs a volume until it is closed.
+pub(crate) async fn run(start: Start, pool: Rc<Pool>, landing: Rc<RefCell<Option<Buffer>>>) {
+    let mut commands = start.commands;
+    let mut legs = [None, None];
+    for (slot, leg) in start.legs.into_iter().enumerate() {
+        match leg.map(OpenLeg::into_files).transpose() {
+            Ok(files) => legs[slot] = files,
+            Err(error) => return error!(volume = start.name, %error, "the volume cannot be started"),
+        }
+    }
+    let fuse = match fuse::watch(start.fuse) {
+        Ok(fuse) => fuse,
+        Err(error) => return error!(volume = start.name, %error, "the FUSE device cannot be polled"),
+    };
+    let volume = Rc::new(Volume {
+        pool,
+        blocks: Cell::new(start.mirror.status().blocks),
+        mirror: RefCell::new(Some(start.mirror)),
+        legs: RefCell::new(legs),
+        witness: Arc::new(start.witness),
+        fuse,
+        entries: RefCell::default(),
+        copies: RefCell::default(),
+        born: std::time::Instant::now(),
+        next_command: Cell::new(COMMAND),
+        rearm: Notify::new(),
+        closed: Cell::new(false),
+        closing: Notify::new(),
+        status: start.status,
+        notices: start.notices,
+    });
+    volume.perform(start.effects);
+    tokio_uring::spawn(Rc::clone(&volume).keep_time());
+    let reader = tokio_uring::spawn(Rc::clone(&volume).read_requests(landing));
+    while let Some(command) = commands.recv().await {
+        match command {
+            Command::Submit(request, reply) => volume.command(request, reply),
+            Command::Attach { slot, leg, request, reply } => match leg.into_files() {
+                Ok(files) => {
+                    volume.legs.borrow_mut()[slot.index()] = Some(files);
+                    volume.command(request, reply);
+                }
+                Err(_) => {
+                    let _ = reply.send(Err(Errno::EIO));
+                }
+            },
+            Command::InvalidateAttributes(reply) => {
+                let sent = rustix::io::write(volume.fuse.get_ref(), &fuse::invalidate_attributes());
+                // ENOENT: the kernel has nothing cached.
+                let sent = sent.map(drop).or_else(|errno| if errno == rustix::io::Errno::NOENT { Ok(()) } else { Err(errno) });
+                let _ = reply.send(sent.map_err(|errno| Errno(errno.raw_os_error())));
+            }
+            Command::Close(reply) => {
+                volume.closed.set(true);
+                volume.closing.notify_waiters();
+                volume.rearm.notify_one();
+                drop(reader.await);
+                volume.legs.take();
+                let _ = reply.send(Ok(()));
+                return;
+            }
+        }
+    }
+    // The handle is gone without a close: as after a kill, the dirty bits tell the next assembly what may differ.
+    volume.closed.set(true);
+    volume.closing.notify_waiters();
+    volume.rearm.notify_one();
+}
+
+impl Volume {
+    fn now(&self) -> Instant {
+        Instant(u64::try_from(self.born.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    fn handle(self: &Rc<Self>, event: Event) {
+        let mut out = Effects::new();
+        let mut slot = self.mirror.borrow_mut();
+        let Some(mirror) = slot.as_mut() else { return };
+        let before = mirror.next_deadline();
+        if catch_unwind(AssertUnwindSafe(|| mirror.handle(self.now(), event, &mut out))).is_err() {
+            // One mirror's bug is not its neighbours' end (mirror rule 33).
+            *slot = None;
+            drop(slot);
+            return self.fail_everything();
+        }
+        if mirror.next_deadline() != before {
+            self.rearm.notify_one();
+        }
+        drop(slot);
+        self.perform(out);
+    }
+
+    fn fail_everything(&self) {
+        error!("the mirror's code panicked: its requests get EIO from now on; stage the volume again");
+        for (_, entry) in self.entries.take() {
+            self.answer(entry, Err(Errno::EIO));
+        }
+        self.legs.take();
+    }
+
+    fn perform(self: &Rc<Self>, mut out: Effects) {
+        for effect in out.drain() {
+            match effect {
+                Effect::Leg { slot, io, op } => {
+                    let volume = Rc::clone(self);
+                    let files = self.legs.borrow()[slot.index()].clone();
+                    let copy = match &op {
+                        io::LegOp::Read { buffer: io::Buffer::Copy { index, .. }, .. } => Some(usize::from(*index)),
+                        _ => None,
+                    };
+                    match copy.filter(|index| self.copies.borrow()[*index].is_none()) {
+                        // The copy's first effect: its buffer comes to life, perhaps after a wait.
+                        Some(index) => drop(tokio_uring::spawn(async move {
+                            let buffer = volume.pool.get(Class::Copy).await;
+                            volume.copies.borrow_mut()[index] = Some(Rc::new(buffer));
+                            let op = volume.prepare(op);
+                            volume.leg_io(files, io, op).await;
+                        })),
+                        None => {
+                            let op = self.prepare(op);
+                            drop(tokio_uring::spawn(async move { volume.leg_io(files, io, op).await }));
+                        }
+                    }
+                }
+                Effect::WriteWitness { io, offset, page } => {
+                    let volume = Rc::clone(self);
+                    tokio_uring::spawn(async move {
+                        let witness = Arc::clone(&volume.witness);
+                        let write = tokio::task::spawn_blocking(move || witness.write_all_at(page.as_slice(), offset)).await;
+                        let outcome = match write {
+                            Ok(Ok(())) => Outcome::Done(0),
+                            Ok(Err(error)) => Outcome::Failed(crate::leg::errno(&error)),
+                            Err(_) => Outcome::Failed(Errno::EIO),
+                        };
+                        volume.handle(Event::Done { io, outcome });
+                    });
+                }
+                Effect::Complete { tag, result } => self.complete(tag, result),
+                Effect::Release { tag } => drop(self.entries.borrow_mut().remove(&tag)),
+                Effect::ReleaseCopy { index } => self.copies.borrow_mut()[usize::from(index)] = None,
+                Effect::Notice(notice) => self.notice(notice),
+            }
+        }
+    }
+
+    async fn leg_io(self: Rc<Self>, files: Option<Rc<LegFiles>>, io: lockstep_core::units::IoId, op: Prepared) {
+        let outcome = match files {
+            Some(files) => files.perform(&self.pool, op).await,
+            None => Outcome::Failed(Errno::ENODEV),
+        };
+        self.handle(Event::Done { io, outcome });
+    }
+
+    fn prepare(&self, op: io::LegOp) -> Prepared {
+        Prepared::new(op, |buffer, range| {
+            let (memory, start, skip) = match buffer {
+                io::Buffer::Request { tag, skip } => {
+                    let entries = self.entries.borrow();
+                    let payload = entries.get(&tag).and_then(|entry| entry.payload.as_ref());
+                    let (memory, start) = payload.expect("a tag keeps its payload until it is released");
+                    (Rc::clone(memory), *start, skip)
+                }
+                io::Buffer::Copy { index, skip } => {
+                    let copies = self.copies.borrow();
+                    (Rc::clone(copies[usize::from(index)].as_ref().expect("a copy is read before it is written")), 0, skip)
+                }
+            };
+            Window::new(memory, start + (skip * BLOCK_SIZE) as usize, range.byte_len() as usize)
+        })
+    }
+
+    fn complete(&self, tag: Tag, result: Result<(), Errno>) {
+        let mut entries = self.entries.borrow_mut();
+        let Some(entry) = entries.get_mut(&tag) else { return };
+        match &mut entry.pending {
+            Pending::Command(reply) => {
+                if let Some(reply) = reply.take() {
+                    let _ = reply.send(result);
+                }
+            }
+            Pending::Fuse { unique, answer } => self.reply(*unique, *answer, entry.payload.as_ref(), result),
+        }
+    }
+
+    fn answer(&self, entry: Entry, result: Result<(), Errno>) {
+        match entry.pending {
+            Pending::Command(Some(reply)) => {
+                let _ = reply.send(result);
+            }
+            Pending::Command(None) => {}
+            Pending::Fuse { unique, answer } => self.reply(unique, answer, entry.payload.as_ref(), result),
+        }
+    }
+
+    fn reply(&self, unique: u64, answer: Answer, payload: Option<&(Rc<Buffer>, usize)>, result: Result<(), Errno>) {
+        match (result, answer, payload) {
+            (Err(errno), ..) => self.send(unique, errno.0, &[]),
+            (Ok(()), Answer::Written(size), _) => self.send(unique, 0, &fuse::write_reply(size)),
+            (Ok(()), Answer::Payload(len), Some((buffer, start))) => self.send(unique, 0, &buffer.bytes()[*start..*start + len]),
+            (Ok(()), Answer::Empty | Answer::Payload(_), _) => self.send(unique, 0, &[]),
+        }
+    }
+
+    fn send(&self, unique: u64, error: i32, body: &[u8]) {
+        let header = fuse::reply_header(unique, error, body.len());
+        if let Err(errno) = rustix::io::writev(self.fuse.get_ref(), &[IoSlice::new(&header), IoSlice::new(body)]) {
+            // ENOENT: the request was aborted. ENODEV: unmounted.
+            debug!(unique, %errno, "a reply was not wanted");
+        }
+    }
+
+    fn notice(&self, notice: Notice) {
+        match &notice {
+            Notice::LegOut { slot } => {
+                // What is in flight keeps the files; nothing new is sent there, and the disk can be unmounted when it ends.
+                self.legs.borrow_mut()[slot.index()] = None;
+                warn!(?slot, "leg is OUT");
+            }
+            Notice::Grown { blocks } => {
+                self.blocks.set(*blocks);
+                info!(blocks, "grown");
+            }
+            Notice::LegFailed { .. } | Notice::RebuildBlocked { .. } | Notice::WitnessFailed { .. } | Notice::ReadOnly { .. } => {
+                warn!(?notice);
+            }
+            _ => info!(?notice),
+        }
+        self.publish();
+        // Nobody listens: nobody wants to know.
+        drop(self.notices.send(notice));
+    }
+
+    fn publish(&self) {
+        if let Ok(mirror) = self.mirror.try_borrow()
+            && let Some(mirror) = mirror.as_ref()
+        {
+            let status = mirror.status();
+            self.status.send_if_modified(|old| std::mem::replace(old, status) != status);
+        }
+    }
+
+    async fn keep_time(self: Rc<Self>) {
+        while !self.closed.get() {
+            let (deadline, syncing) = match self.mirror.borrow().as_ref() {
+                Some(mirror) => (mirror.next_deadline(), mirror.status().sync != Sync::Idle),
+                None => return,
+            };
+            let wait = deadline.map(|at| Duration::from_nanos(at.0.saturating_sub(self.now().0)));
+            let wait = if syncing { Some(wait.map_or(PROGRESS, |wait| wait.min(PROGRESS))) } else { wait };
+            tokio::select! {
+                () = tokio::time::sleep(wait.unwrap_or(Duration::from_secs(3600))) => {}
+                () = self.rearm.notified() => {}
+            }
+            if deadline.is_some_and(|at| at <= self.now()) {
+                self.handle(Event::Tick);
+            }
+            self.publish();
+        }
+    }
+
+    fn command(self: &Rc<Self>, request: io::Request, reply: oneshot::Sender<Result<(), Errno>>) {
+        let tag = Tag(self.next_command.get());
+        self.next_command.set(tag.0 + 1);
+        if self.mirror.borrow().is_none() {
+            let _ = reply.send(Err(Errno::EIO));
+            return;
+        }
+        self.entries.borrow_mut().insert(tag, Entry { pending: Pending::Command(Some(reply)), payload: None });
+        self.handle(Event::Submit { tag, request });
+        self.publish();
+    }
+
+    /// Takes requests while there is memory for any of them.
+    async fn read_requests(self: Rc<Self>, landing: Rc<RefCell<Option<Buffer>>>) {
+        while !self.closed.get() {
+            let ready = tokio::select! {
+                ready = self.fuse.readable() => ready,
+                () = self.closing.notified() => return,
+            };
+            let Ok(mut ready) = ready else { return };
+            for _ in 0..BATCH {
+                // One buffer to land in, and one of each class for what the request turns out to be.
+                let enough = |pool: &Pool| pool.available(Class::Small) && pool.available(Class::Large);
+                if landing.borrow().is_none() {
+                    let landed = self.pool.take(Class::Large);
+                    *landing.borrow_mut() = landed;
+                }
+                if landing.borrow().is_none() || !enough(&self.pool) {
+                    tokio::select! {
+                        () = self.pool.until(enough) => {}
+                        () = self.closing.notified() => return,
+                    }
+                    continue;
+                }
+                let mut slot = landing.borrow_mut();
+                let Some(mut buffer) = slot.take() else { break };
+                let start = PAGE - fuse::WRITE_HEAD;
+                match rustix::io::read(self.fuse.get_ref(), &mut buffer.bytes_mut()[start..]) {
+                    Ok(len) => *slot = self.request(buffer, start, len),
+                    Err(rustix::io::Errno::WOULDBLOCK) => {
+                        *slot = Some(buffer);
+                        ready.clear_ready();
+                        break;
+                    }
+                    // A request was taken back before it was read.
+                    Err(rustix::io::Errno::NOENT | rustix::io::Errno::INTR) => *slot = Some(buffer),
+                    Err(errno) => {
+                        *slot = Some(buffer);
+                        if errno != rustix::io::Errno::NODEV {
+                            error!(%errno, "reading requests failed");
+                        }
+                        return;
+                    }
+                }
+                drop(slot);
+                if self.closed.get() {
+                    return;
+                }
+            }
+            drop(ready);
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Takes up one request. Gives the buffer back if the request did not need it.
+    fn request(self: &Rc<Self>, buffer: Buffer, start: usize, len: usize) -> Option<Buffer> {
+        let Some(request) = fuse::decode(&buffer.bytes()[start..start + len]) else {
+            error!(len, "the kernel sent something that is no FUSE request");
+            return Some(buffer);
+        };
+        let size = self.blocks.get() * BLOCK_SIZE;
+        let unique = request.unique;
+        match request.operation {
+            Operation::Ignored => {}
+            Operation::Nothing => self.send(unique, 0, &[]),
+            Operation::Unsupported(errno) => self.send(unique, errno, &[]),
+            Operation::Init { major: 7, minor, readahead, flags } => {
+                self.send(unique, 0, &fuse::init_reply(minor, readahead, flags));
+            }
+            Operation::Init { .. } => self.send(unique, libc::EPROTO, &[]),
+            Operation::GetAttr => self.send(unique, 0, &fuse::attr_reply(size)),
+            Operation::Open => self.send(unique, 0, &fuse::open_reply()),
+            Operation::Statfs => self.send(unique, 0, &fuse::statfs_reply(size)),
+            Operation::Fsync => self.submit(unique, Answer::Empty, None, io::Request::Flush),
+            Operation::Zero { offset, length } => match blocks(offset, length) {
+                Some(range) => self.submit(unique, Answer::Empty, None, io::Request::Zero(range)),
+                None => self.send(unique, libc::EINVAL, &[]),
+            },
+            Operation::Read { offset, size: wanted } => {
+                let len = u64::from(wanted).min(size.saturating_sub(offset));
+                match blocks(offset, len) {
+                    _ if len == 0 => self.send(unique, 0, &[]),
+                    None => self.send(unique, libc::EINVAL, &[]),
+                    Some(range) => {
+                        let class = if len as usize <= Class::Small.bytes() { Class::Small } else { Class::Large };
+                        let Some(payload) = self.pool.take(class) else {
+                            self.send(unique, libc::EAGAIN, &[]);
+                            return Some(buffer);
+                        };
+                        self.submit(unique, Answer::Payload(len as usize), Some((Rc::new(payload), 0)), io::Request::Read(range));
+                    }
+                }
+            }
+            Operation::Write { offset, size: len } => {
+                let Some(range) = blocks(offset, len.into()) else {
+                    self.send(unique, libc::EINVAL, &[]);
+                    return Some(buffer);
+                };
+                let request = io::Request::Write { range, fua: false };
+                if len as usize <= Class::Small.bytes()
+                    && let Some(mut small) = self.pool.take(Class::Small)
+                {
+                    small.bytes_mut()[..len as usize].copy_from_slice(&buffer.bytes()[PAGE..PAGE + len as usize]);
+                    self.submit(unique, Answer::Written(len), Some((Rc::new(small), 0)), request);
+                } else {
+                    self.submit(unique, Answer::Written(len), Some((Rc::new(buffer), PAGE)), request);
+                    return None;
+                }
+            }
+        }
+        Some(buffer)
+    }
+
+    fn submit(self: &Rc<Self>, unique: u64, answer: Answer, payload: Option<(Rc<Buffer>, usize)>, request: io::Request) {
+        if self.mirror.borrow().is_none() {
+            return self.send(unique, libc::EIO, &[]);
+        }
+        let tag = Tag(unique);
+        self.entries.borrow_mut().insert(tag, Entry { pending: Pending::Fuse { unique, answer }, payload });
+        self.handle(Event::Submit { tag, request });
+    }
+}
+
+/// Whole blocks, or nothing.
+fn blocks(offset: u64, len: u64) -> Option<BlockRange> {
+    let aligned = offset.is_multiple_of(BLOCK_SIZE) && len.is_multiple_of(BLOCK_SIZE) && len > 0;
+    aligned.then(|| BlockRange::new(offset / BLOCK_SIZE, (offset + len) / BLOCK_SIZE))
+}

@@ -1,0 +1,208 @@
+//! Real disks for tests: disk images on loop devices with XFS on them, made to fail from below by the kernel.
+//!
+//! A run that was cut off is cleaned up by the next one: everything lives under one directory per process, whose name carries the pid.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use lockstep_datapath::{
+    LegPath, VolumeSpec,
+    core::{
+        format,
+        units::{BLOCK_SIZE, LegId, VolumeId},
+    },
+    create_leg, create_witness,
+};
+
+const PREFIX: &str = "lockstep-native.";
+
+/// Runs a command to its end; its output, or a panic that shows what it said.
+pub fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().unwrap_or_else(|error| panic!("{program}: {error}"));
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {}: {}\n{stdout}{said}", args.join(" "), output.status);
+    stdout
+}
+
+/// Whether a command succeeds. Its output is dropped.
+pub fn succeeds(program: &str, args: &[&str]) -> bool {
+    let status = Command::new(program).args(args).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    status.is_ok_and(|status| status.success())
+}
+
+/// A directory with disks, which go when it is dropped.
+#[derive(Debug)]
+pub struct Rig {
+    dir: tempfile::TempDir,
+    disks: Vec<Disk>,
+}
+
+/// One disk: an image, a loop device, a mounted XFS.
+#[derive(Debug)]
+pub struct Disk {
+    /// Its loop device.
+    pub device: PathBuf,
+    /// Where its XFS is mounted.
+    pub mount: PathBuf,
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("the rig's paths are text")
+}
+
+/// Takes everything down that lives under `dir`: mounts, innermost first, then loop devices.
+fn tear_down(dir: &Path) {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let under = |path: &str| Path::new(path).starts_with(dir);
+    for mount in mounts.lines().rev().filter_map(|line| line.split(' ').nth(1)).filter(|path| under(path)) {
+        succeeds("umount", &["-l", mount]);
+    }
+    for line in run("losetup", &["--list", "--noheadings", "--output", "NAME,BACK-FILE"]).lines() {
+        if let Some((device, file)) = line.trim().split_once(char::is_whitespace)
+            && under(file.trim())
+        {
+            succeeds("losetup", &["-d", device]);
+        }
+    }
+}
+
+impl Rig {
+    /// Makes this many disks of this size.
+    pub fn new(disks: usize, megabytes: u64) -> Self {
+        for entry in fs::read_dir(std::env::temp_dir()).expect("the temporary directory").flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let pid = name.strip_prefix(PREFIX).and_then(|rest| rest.split('.').next().map(str::to_owned));
+            if let Some(pid) = pid
+                && !Path::new("/proc").join(&pid).exists()
+            {
+                tear_down(&entry.path());
+                drop(fs::remove_dir_all(entry.path()));
+            }
+        }
+        let prefix = format!("{PREFIX}{}.", std::process::id());
+        let dir = tempfile::Builder::new().prefix(&prefix).tempdir().expect("a temporary directory");
+        let mut rig = Self { dir, disks: Vec::new() };
+        for _ in 0..disks {
+            rig.add_disk(megabytes);
+        }
+        rig
+    }
+
+    /// One more disk.
+    pub fn add_disk(&mut self, megabytes: u64) {
+        let number = self.disks.len();
+        let image = self.dir.path().join(format!("disk{number}.img"));
+        fs::File::create(&image).and_then(|file| file.set_len(megabytes << 20)).expect("an image");
+        let device = run("losetup", &["--find", "--show", "--direct-io=on", text(&image)]).trim().to_owned();
+        run("mkfs.xfs", &["-q", "-K", &device]);
+        let mount = self.dir.path().join(format!("mnt{number}"));
+        fs::create_dir(&mount).expect("a mount point");
+        run("mount", &[&device, text(&mount)]);
+        self.disks.push(Disk { device: device.into(), mount });
+    }
+
+    /// A disk.
+    pub fn disk(&self, number: usize) -> &Disk {
+        &self.disks[number]
+    }
+
+    /// The rig's directory.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The kernel shuts the disk's file system down: every I/O to it fails from now on.
+    pub fn fail_disk(&self, number: usize) {
+        run("xfs_io", &["-x", "-c", "shutdown", text(&self.disks[number].mount)]);
+    }
+
+    /// Where a leg on a disk lives.
+    pub fn leg_dir(&self, number: usize, leg: LegId) -> PathBuf {
+        self.disks[number].mount.join(leg.to_string())
+    }
+
+    /// Makes the two legs and the witness of a new volume on disks 0 and 1.
+    pub fn new_volume(&self, id: u8, megabytes: u64) -> VolumeSpec {
+        let (volume, legs) = (VolumeId([id; 16]), [LegId([1; 16]), LegId([2; 16])]);
+        let blocks = (megabytes << 20) / BLOCK_SIZE;
+        for (number, leg) in legs.into_iter().enumerate() {
+            let dir = self.leg_dir(number, leg);
+            fs::create_dir(&dir).expect("a leg's directory");
+            create_leg(&dir, megabytes << 20, &format::new_leg(volume, legs, leg, blocks)).expect("a leg");
+        }
+        let witness = self.dir().join("witness");
+        create_witness(&witness, &format::new_witness(volume, legs, blocks)).expect("a witness");
+        VolumeSpec {
+            volume,
+            legs: [0, 1].map(|n| LegPath { dir: self.leg_dir(n, legs[n]) }).to_vec(),
+            witness,
+            seen_epoch: None,
+            force: None,
+            run_dir: self.dir().join("run"),
+        }
+    }
+
+    /// An empty leg for a rebuild, on this disk.
+    pub fn spare(&self, number: usize, volume: VolumeId, leg: LegId, megabytes: u64) -> LegPath {
+        let dir = self.leg_dir(number, leg);
+        fs::create_dir(&dir).expect("a leg's directory");
+        create_leg(&dir, megabytes << 20, &format::spare_leg(volume, leg, (megabytes << 20) / BLOCK_SIZE)).expect("a leg");
+        LegPath { dir }
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        tear_down(self.dir.path());
+    }
+}
+
+/// Whether two legs' data files are the same, says a program that shares no code with the datapath.
+pub fn identical(a: &LegPath, b: &LegPath) -> bool {
+    fs::write("/proc/sys/vm/drop_caches", "3").expect("root drops caches");
+    succeeds("cmp", &["--silent", text(&a.dir.join("data")), text(&b.dir.join("data"))])
+}
+
+/// Starts fio with these options on a device: 16 jobs whose writes overlap, and two that verify ranges of their own.
+pub fn fio(device: &Path, seconds: u32) -> Child {
+    let filename = format!("--filename={}", text(device));
+    let runtime = format!("--runtime={seconds}");
+    let own = |name: &'static str, offset: &'static str| {
+        [
+            name,
+            offset,
+            "--size=20%",
+            "--rw=randwrite",
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--do_verify=1",
+            "--iodepth=16",
+            "--bsrange=4k-64k",
+        ]
+    };
+    let shared = ["--filename", "--direct=1", "--ioengine=libaio", "--time_based=1", "--group_reporting=1", "--output-format=terse"];
+    let overlapping = [
+        "--name=overlap",
+        "--numjobs=16",
+        "--offset=50%",
+        "--size=5%",
+        "--rw=randrw",
+        "--rwmixread=20",
+        "--iodepth=8",
+        "--bsrange=4k-128k",
+    ];
+    Command::new("fio")
+        .arg(filename)
+        .args(&shared[1..])
+        .arg(runtime)
+        .args(own("--name=own1", "--offset=0%"))
+        .args(own("--name=own2", "--offset=25%"))
+        .args(overlapping)
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("fio is installed")
+}

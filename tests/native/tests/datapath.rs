@@ -1,0 +1,195 @@
+//! The datapath on real disks: what the kernel does to us, and what a program that knows nothing of us finds on the legs.
+
+use std::{
+    fs,
+    io::{Seek, SeekFrom, Write},
+    path::Path,
+    time::Duration,
+};
+
+use lockstep_datapath::{
+    Datapath, LegPath, Volume,
+    core::{
+        io::Fill,
+        status::{LegState, Status, Sync},
+        units::{LegId, Slot},
+    },
+};
+use lockstep_native::{Rig, fio, identical, run, succeeds};
+
+const MIB: u64 = 256;
+
+fn runtime() -> tokio::runtime::Runtime {
+    drop(tracing_subscriber::fmt().with_env_filter("info").with_test_writer().try_init());
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime")
+}
+
+fn healthy(status: &Status) -> bool {
+    status.ready && status.sync == Sync::Idle && status.legs.iter().all(|leg| leg.state == LegState::In)
+}
+
+/// The limit only catches a hang.
+async fn wait(volume: &Volume, what: &str, wanted: impl Fn(&Status) -> bool) -> Status {
+    let mut status = volume.status();
+    let found = tokio::time::timeout(Duration::from_secs(120), status.wait_for(|status| wanted(status))).await;
+    *found.unwrap_or_else(|_| panic!("never {what}: {:?}", *volume.status().borrow())).expect("the volume is open")
+}
+
+fn mounted(device: &Path, at: &Path, work: impl FnOnce(&Path)) {
+    fs::create_dir_all(at).expect("a mount point");
+    run("mount", &[device.to_str().unwrap(), at.to_str().unwrap()]);
+    work(at);
+    run("umount", &[at.to_str().unwrap()]);
+}
+
+/// Each copy alone is an ordinary image that holds the files.
+fn each_copy_holds(rig: &Rig, legs: &[&LegPath], name: &str, content: &str) {
+    for leg in legs {
+        let at = rig.dir().join("copy");
+        fs::create_dir_all(&at).expect("a mount point");
+        run("mount", &["-o", "loop,ro", leg.dir.join("data").to_str().unwrap(), at.to_str().unwrap()]);
+        let found = fs::read_to_string(at.join(name));
+        run("umount", &[at.to_str().unwrap()]);
+        assert_eq!(found.expect("the file"), content, "{}", leg.dir.display());
+    }
+}
+
+#[test]
+fn overlapping_writers_leave_two_identical_copies_that_a_foreign_program_can_mount() {
+    let rig = Rig::new(2, 600);
+    let spec = rig.new_volume(1, MIB);
+    let legs = spec.legs.clone();
+    runtime().block_on(async {
+        let datapath = Datapath::start(1).unwrap();
+        let volume = datapath.open(spec.clone()).await.unwrap();
+        wait(&volume, "healthy", healthy).await;
+        let device = volume.device().to_owned();
+        assert!(fio(&device, 8).wait().unwrap().success(), "fio found an error");
+        run("mkfs.ext4", &["-q", "-F", "-E", "nodiscard", device.to_str().unwrap()]);
+        mounted(&device, &rig.dir().join("fs"), |at| {
+            fs::write(at.join("hello"), "kept twice").unwrap();
+            run("cp", &["-r", "/usr/include/linux", at.to_str().unwrap()]);
+            run("sync", &["-f", at.to_str().unwrap()]);
+            run("fstrim", &[at.to_str().unwrap()]);
+        });
+        volume.close().await.unwrap();
+        assert!(identical(&legs[0], &legs[1]), "the copies differ");
+        each_copy_holds(&rig, &[&legs[0], &legs[1]], "hello", "kept twice");
+
+        // A clean stop leaves nothing to resync.
+        let volume = datapath.open(spec).await.unwrap();
+        let status = wait(&volume, "healthy", healthy).await;
+        assert_eq!((status.dirty_regions, status.copied_blocks), (0, 0));
+        volume.close().await.unwrap();
+    });
+    // The comparison can fail: one byte flipped is found.
+    let mut data = fs::OpenOptions::new().write(true).open(legs[0].dir.join("data")).unwrap();
+    data.seek(SeekFrom::Start((MIB << 20) - 1)).unwrap();
+    let last = fs::read(legs[1].dir.join("data")).unwrap().pop().unwrap();
+    data.write_all(&[!last]).unwrap();
+    data.sync_all().unwrap();
+    assert!(!identical(&legs[0], &legs[1]), "a flipped byte was not found");
+}
+
+#[test]
+fn a_disk_that_fails_under_load_is_not_noticed_above_and_a_third_disk_is_filled() {
+    let rig = Rig::new(3, 600);
+    let spec = rig.new_volume(2, MIB);
+    let legs = spec.legs.clone();
+    runtime().block_on(async {
+        let datapath = Datapath::start(1).unwrap();
+        let volume = datapath.open(spec.clone()).await.unwrap();
+        wait(&volume, "healthy", healthy).await;
+        let mut load = fio(volume.device(), 12);
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        rig.fail_disk(1);
+        let status = wait(&volume, "degraded", |status| status.legs[1].state == LegState::Out).await;
+        assert_eq!(status.legs[0].state, LegState::In);
+        let new = LegId([3; 16]);
+        let spare = rig.spare(2, spec.volume, new, MIB);
+        volume.attach(Slot::B, spare.clone(), Fill::Everything).await.unwrap();
+        let status = wait(&volume, "rebuilt", healthy).await;
+        assert_eq!(status.legs[1].id, new);
+        assert!(load.wait().unwrap().success(), "fio found an error");
+        volume.close().await.unwrap();
+        assert!(identical(&legs[0], &spare), "the copies differ");
+        assert!(!identical(&legs[1], &spare), "the failed leg cannot be equal");
+    });
+}
+
+#[test]
+fn a_volume_that_was_not_closed_resyncs_its_dirty_regions_only_and_keeps_its_files() {
+    const MIB: u64 = 320;
+    let rig = Rig::new(2, 600);
+    let spec = rig.new_volume(3, MIB);
+    let legs = spec.legs.clone();
+    runtime().block_on(async {
+        let datapath = Datapath::start(2).unwrap();
+        let volume = datapath.open(spec.clone()).await.unwrap();
+        let device = volume.device().to_owned();
+        run("mkfs.xfs", &["-q", "-K", device.to_str().unwrap()]);
+        mounted(&device, &rig.dir().join("fs"), |at| {
+            fs::write(at.join("hello"), "still there").unwrap();
+        });
+        drop(volume);
+        let volume = datapath.open(spec.clone()).await.unwrap();
+        let status = wait(&volume, "healthy", healthy).await;
+        assert!(status.copied_blocks > 0, "{status:?}");
+        assert!(status.copied_blocks < (MIB << 20) / 4096 / 2, "{status:?}");
+        mounted(volume.device(), &rig.dir().join("fs"), |at| {
+            assert_eq!(fs::read_to_string(at.join("hello")).unwrap(), "still there");
+        });
+        volume.close().await.unwrap();
+        assert!(identical(&legs[0], &legs[1]), "the copies differ");
+    });
+}
+
+#[test]
+fn a_leg_that_was_away_gets_only_what_it_missed() {
+    let rig = Rig::new(2, 600);
+    let spec = rig.new_volume(4, MIB);
+    let legs = spec.legs.clone();
+    runtime().block_on(async {
+        let datapath = Datapath::start(1).unwrap();
+        let volume = datapath.open(spec.clone()).await.unwrap();
+        let device = volume.device().to_str().unwrap().to_owned();
+        run("fio", &["--name=fill", &format!("--filename={device}"), "--rw=write", "--bs=1M", "--direct=1", "--output=/dev/null"]);
+        volume.detach(Slot::B).await.unwrap();
+        wait(&volume, "degraded", |status| status.legs[1].state == LegState::Out).await;
+        let missed = ["--rw=randwrite", "--bs=4k", "--size=8M", "--offset=64M", "--direct=1", "--output=/dev/null"];
+        run("fio", &[["--name=missed", &format!("--filename={device}")].as_slice(), &missed].concat());
+        volume.attach(Slot::B, legs[1].clone(), Fill::DirtyRegions).await.unwrap();
+        let status = wait(&volume, "rebuilt", healthy).await;
+        // Two regions of 16 MiB at most, of 256 MiB, if the fill's bits were cleaned; never more than was dirty.
+        assert!(status.copied_blocks > 0, "{status:?}");
+        volume.close().await.unwrap();
+        assert!(identical(&legs[0], &legs[1]), "the copies differ");
+    });
+}
+
+#[test]
+fn a_volume_grows_while_it_is_mounted() {
+    const MIB: u64 = 320;
+    let rig = Rig::new(2, 900);
+    let spec = rig.new_volume(5, MIB);
+    let legs = spec.legs.clone();
+    runtime().block_on(async {
+        let datapath = Datapath::start(1).unwrap();
+        let volume = datapath.open(spec.clone()).await.unwrap();
+        let device = volume.device().to_str().unwrap().to_owned();
+        run("mkfs.xfs", &["-q", "-K", &device]);
+        let at = rig.dir().join("fs");
+        fs::create_dir_all(&at).unwrap();
+        run("mount", &[&device, at.to_str().unwrap()]);
+        volume.grow((2 * MIB) << 20).await.unwrap();
+        assert_eq!(run("blockdev", &["--getsize64", &device]).trim(), ((2 * MIB) << 20).to_string());
+        // XFS, because growing a mounted ext4 takes CAP_SYS_RESOURCE, which not every machine that runs this has.
+        run("xfs_growfs", &[at.to_str().unwrap()]);
+        let file = at.join("big");
+        run("dd", &["if=/dev/urandom", &format!("of={}", file.display()), "bs=1M", "count=400", "conv=fsync", "status=none"]);
+        run("umount", &[at.to_str().unwrap()]);
+        assert!(succeeds("xfs_repair", &["-n", &device]), "the file system is damaged");
+        volume.close().await.unwrap();
+        assert!(identical(&legs[0], &legs[1]), "the copies differ");
+    });
+}
