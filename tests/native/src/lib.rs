@@ -4,6 +4,7 @@
 
 use std::{
     fs,
+    io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
@@ -127,14 +128,14 @@ impl Rig {
 
     /// Makes the two legs and the witness of a new volume on disks 0 and 1.
     pub fn new_volume(&self, id: u8, megabytes: u64) -> VolumeSpec {
-        let (volume, legs) = (VolumeId([id; 16]), [LegId([1; 16]), LegId([2; 16])]);
+        let (volume, legs) = (VolumeId([id; 16]), [leg_id(id, 1), leg_id(id, 2)]);
         let blocks = (megabytes << 20) / BLOCK_SIZE;
         for (number, leg) in legs.into_iter().enumerate() {
             let dir = self.leg_dir(number, leg);
             fs::create_dir(&dir).expect("a leg's directory");
             create_leg(&dir, megabytes << 20, &format::new_leg(volume, legs, leg, blocks)).expect("a leg");
         }
-        let witness = self.dir().join("witness");
+        let witness = self.dir().join(format!("witness-{volume}"));
         create_witness(&witness, &format::new_witness(volume, legs, blocks)).expect("a witness");
         VolumeSpec {
             volume,
@@ -158,6 +159,61 @@ impl Rig {
 impl Drop for Rig {
     fn drop(&mut self) {
         tear_down(self.dir.path());
+    }
+}
+
+/// A leg's id, from its volume's and its own number.
+pub fn leg_id(volume: u8, leg: u8) -> LegId {
+    let mut id = [volume; 16];
+    id[15] = leg;
+    LegId(id)
+}
+
+/// A running `serve`: volumes in a process of their own.
+#[derive(Debug)]
+pub struct Server {
+    child: Child,
+    /// The block devices, in the order of the volumes.
+    pub devices: Vec<PathBuf>,
+}
+
+impl Server {
+    /// Starts `program`, the `serve` binary, for these volumes, and waits for their devices.
+    pub fn start(program: &str, volumes: &[VolumeSpec]) -> Self {
+        let mut command = Command::new(program);
+        for spec in volumes {
+            command.arg(spec.volume.to_string()).arg(&spec.witness).arg(&spec.run_dir).arg(spec.legs.len().to_string());
+            command.args(spec.legs.iter().map(|leg| &leg.dir));
+        }
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("serve starts");
+        let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        let devices = lines.take(volumes.len()).map(|line| line.expect("text").into()).collect::<Vec<PathBuf>>();
+        assert_eq!(devices.len(), volumes.len(), "serve ended early");
+        Self { child, devices }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Proportional set size, in KiB.
+    pub fn pss(&self) -> u64 {
+        let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid())).expect("smaps_rollup");
+        let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:")).expect("a Pss line");
+        line.trim().trim_end_matches("kB").trim().parse().expect("a number")
+    }
+
+    /// Stops it cleanly.
+    pub fn stop(mut self) {
+        drop(self.child.stdin.take());
+        assert!(self.child.wait().expect("serve was started").success(), "serve failed");
+    }
+
+    /// SIGKILL, and the end of the process.
+    pub fn kill(mut self) {
+        self.child.kill().expect("serve is alive");
+        self.child.wait().expect("serve was started");
     }
 }
 

@@ -12,10 +12,10 @@ use lockstep_datapath::{
     core::{
         io::Fill,
         status::{LegState, Status, Sync},
-        units::{LegId, Slot},
+        units::Slot,
     },
 };
-use lockstep_native::{Rig, fio, identical, run, succeeds};
+use lockstep_native::{Rig, Server, fio, identical, leg_id, run, succeeds};
 
 const MIB: u64 = 256;
 
@@ -105,7 +105,7 @@ fn a_disk_that_fails_under_load_is_not_noticed_above_and_a_third_disk_is_filled(
         rig.fail_disk(1);
         let status = wait(&volume, "degraded", |status| status.legs[1].state == LegState::Out).await;
         assert_eq!(status.legs[0].state, LegState::In);
-        let new = LegId([3; 16]);
+        let new = leg_id(2, 3);
         let spare = rig.spare(2, spec.volume, new, MIB);
         volume.attach(Slot::B, spare.clone(), Fill::Everything).await.unwrap();
         let status = wait(&volume, "rebuilt", healthy).await;
@@ -115,6 +115,29 @@ fn a_disk_that_fails_under_load_is_not_noticed_above_and_a_third_disk_is_filled(
         assert!(identical(&legs[0], &spare), "the copies differ");
         assert!(!identical(&legs[1], &spare), "the failed leg cannot be equal");
     });
+}
+
+/// Mirror rule 25: what the dead process had in the kernel is over before the next one touches a leg; rules 17 and 21 do the rest.
+#[test]
+fn killed_under_load_again_and_again_the_copies_are_equal_after_the_next_assembly() {
+    let rig = Rig::new(2, 600);
+    let spec = rig.new_volume(6, MIB);
+    for round in 1..=5 {
+        let server = Server::start(env!("CARGO_BIN_EXE_serve"), std::slice::from_ref(&spec));
+        let mut load = fio(&server.devices[0], 20);
+        std::thread::sleep(Duration::from_millis(400 * round));
+        server.kill();
+        // The device is dead: whatever the load gets now is an error, and it ends.
+        load.wait().expect("fio was started");
+        runtime().block_on(async {
+            let datapath = Datapath::start(1).unwrap();
+            let volume = datapath.open(spec.clone()).await.unwrap();
+            let status = wait(&volume, "healthy", healthy).await;
+            assert!(status.copied_blocks > 0, "nothing was dirty: {status:?}");
+            volume.close().await.unwrap();
+        });
+        assert!(identical(&spec.legs[0], &spec.legs[1]), "the copies differ after kill {round}");
+    }
 }
 
 #[test]
