@@ -1,7 +1,7 @@
 # Everything that is built goes under ~/.cache/lockstep, never into the clone.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/lockstep/target
 .DEFAULT_GOAL := help
-.PHONY: help check test sim mutants native deny fmt
+.PHONY: help check test sim mutants native bench deny fmt
 SEEDS ?= 10000
 
 help: ## List the targets
@@ -23,6 +23,11 @@ mutants: ## Break the core on purpose, patch by patch, and see a test fail
 
 native: ## The datapath on loop disks with XFS, under fio (needs root)
 	tests/native/run
+
+bench: ## Lockstep against qemu's mirror and a plain loop device, on disks in memory (TMPDIR=... for others; needs root)
+	command -v qemu-storage-daemon >/dev/null || apt-get install -y -qq qemu-system-common qemu-utils fio xfsprogs >/dev/null
+	cargo build --quiet --release --locked -p lockstep-native
+	TMPDIR=$${TMPDIR:-/dev/shm} $(CARGO_TARGET_DIR)/release/bench
 
 deny: ## Licenses, sources and bans of the dependencies
 	command -v cargo-deny >/dev/null || cargo install --locked --quiet cargo-deny

@@ -31,7 +31,10 @@ impl Thread {
         let volumes = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&volumes);
         std::thread::Builder::new().name(format!("datapath-{number}")).spawn(move || {
-            tokio_uring::builder().entries(RING_ENTRIES).start(async move {
+            let mut ring = tokio_uring::uring_builder();
+            // Completions wait for our next system call instead of interrupting us. Never DEFER_TASKRUN: with this runtime I/O hangs.
+            ring.setup_coop_taskrun().setup_single_issuer();
+            tokio_uring::builder().entries(RING_ENTRIES).uring_builder(&ring).start(async move {
                 let pool = Pool::new();
                 let landing = Rc::new(RefCell::new(None));
                 while let Some(start) = incoming.recv().await {
