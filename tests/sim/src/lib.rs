@@ -11,4 +11,4 @@
 
 mod world;
 
-pub use world::{Rng, World};
+pub use world::{BLOCKS, Rng, World};

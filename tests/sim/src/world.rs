@@ -43,9 +43,16 @@ pub struct Disk {
     pub durable: BTreeMap<u64, u64>,
     /// Written, not flushed.
     pub cache: BTreeMap<u64, u64>,
-    meta: Vec<u8>,
+    /// The leg's metadata.
+    pub meta: Vec<u8>,
     /// Every I/O fails.
     pub dead: bool,
+    /// Reads of these blocks fail until they are written.
+    pub bad: BTreeSet<u64>,
+    /// Writes and zeroes find no space.
+    pub full: bool,
+    /// Metadata writes fail.
+    pub meta_fails: bool,
 }
 
 impl Disk {
@@ -75,13 +82,18 @@ pub struct World {
     pub rng: Rng,
     /// By slot.
     pub disks: [Disk; 2],
-    witness: Vec<u8>,
+    /// The witness file; empty: lost.
+    pub witness: Vec<u8>,
+    /// One in so many leg I/Os ends with EAGAIN or EINTR, or does only a part of what it was asked; 0: none.
+    pub flaky: u64,
     /// The mirror under test.
     pub mirror: Mirror,
     now: Instant,
     work: BTreeMap<IoId, Work>,
     asked: BTreeMap<Tag, Asked>,
     buffers: BTreeMap<Tag, Vec<u64>>,
+    last_read: BTreeMap<Tag, u64>,
+    zeroed: BTreeSet<u64>,
     copies: Vec<Vec<u64>>,
     next_tag: u64,
     next_token: u64,
@@ -106,6 +118,9 @@ impl World {
             cache: BTreeMap::new(),
             meta: format::new_leg(VOLUME, legs, leg_id(slot), BLOCKS)[..META].to_vec(),
             dead: false,
+            bad: BTreeSet::new(),
+            full: false,
+            meta_fails: false,
         };
         let disks = [disk(Slot::A), disk(Slot::B)];
         let witness = format::new_witness(VOLUME, legs, BLOCKS);
@@ -115,11 +130,14 @@ impl World {
             rng,
             disks,
             witness,
+            flaky: 0,
             mirror,
             now: Instant(0),
             work: BTreeMap::new(),
             asked: BTreeMap::new(),
             buffers: BTreeMap::new(),
+            last_read: BTreeMap::new(),
+            zeroed: BTreeSet::new(),
             copies: vec![Vec::new(); 4],
             next_tag: 1,
             next_token: 1,
@@ -201,9 +219,12 @@ impl World {
                 }
             }
             Some(Asked::Read { range, floor }) => {
+                self.last_read.insert(tag, self.buffers[&tag][0]);
                 for (i, block) in (range.start..range.end).enumerate() {
                     let got = self.buffers[&tag][i];
-                    assert!(got >= floor[i], "block {block} read {got}, but {} was acked before", floor[i]);
+                    // A discard has no token: zeroes are right for ever where there was one.
+                    let zero = got == 0 && self.zeroed.contains(&block);
+                    assert!(zero || got >= floor[i], "block {block} read {got}, but {} was acked before", floor[i]);
                 }
             }
             Some(Asked::Flush { covers }) => {
@@ -231,6 +252,25 @@ impl World {
         self.next_token += 1;
         let asked = Asked::Write { range, token, acked: false };
         self.submit(asked, vec![token; range.len() as usize], Request::Write { range, fua: false })
+    }
+
+    /// Submits a discard.
+    pub fn zero(&mut self, range: BlockRange) -> Tag {
+        self.zeroed.extend(range.start..range.end);
+        self.submit(Asked::Other, Vec::new(), Request::Zero(range))
+    }
+
+    /// What a read that was not released yet has found.
+    pub fn read_now(&mut self, block: u64) -> Result<u64, Errno> {
+        let range = BlockRange::new(block, block + 1);
+        let floor = vec![0];
+        let tag = self.submit(Asked::Read { range, floor }, vec![u64::MAX], Request::Read(range));
+        let mut found = u64::MAX;
+        while !self.answers.contains_key(&tag) {
+            assert!(self.step(), "the read never ended");
+            found = self.last_read.get(&tag).copied().unwrap_or(found);
+        }
+        self.answers[&tag].map(|()| found)
     }
 
     /// Submits a read.
@@ -267,14 +307,41 @@ impl World {
                 Outcome::Done(0)
             }
             Work::Leg(slot, _, _) if self.disks[slot.index()].dead => Outcome::Failed(Errno::EIO),
-            Work::Leg(slot, op, data) => self.leg_op(slot, op, &data),
+            Work::Leg(slot, op, data) => self.perhaps_flaky(slot, op, &data),
         };
         self.handle(Event::Done { io, outcome });
+    }
+
+    /// A host fault or a short count, now and then (mirror rule 6).
+    fn perhaps_flaky(&mut self, slot: Slot, op: LegOp, data: &[u64]) -> Outcome {
+        if self.flaky == 0 || !self.rng.once_in(self.flaky) {
+            return self.leg_op(slot, op, data);
+        }
+        match op {
+            LegOp::Read { range, .. } | LegOp::Write { range, .. } if range.len() > 1 && self.rng.once_in(2) => {
+                let done = self.rng.below(range.len());
+                let part = BlockRange::new(range.start, range.start + done);
+                let short = match op {
+                    LegOp::Read { buffer, .. } => LegOp::Read { range: part, buffer },
+                    LegOp::Write { buffer, fua, .. } => LegOp::Write { range: part, buffer, fua },
+                    other => other,
+                };
+                match self.leg_op(slot, short, data) {
+                    // Not even whole blocks.
+                    Outcome::Done(bytes) => Outcome::Done(bytes + 512 * self.rng.below(8)),
+                    failed => failed,
+                }
+            }
+            _ => Outcome::Failed([Errno::EAGAIN, Errno::EINTR][self.rng.below(2) as usize]),
+        }
     }
 
     fn leg_op(&mut self, slot: Slot, op: LegOp, data: &[u64]) -> Outcome {
         let disk = &mut self.disks[slot.index()];
         match op {
+            LegOp::Read { range, .. } if disk.bad.range(range.start..range.end).next().is_some() => Outcome::Failed(Errno::EIO),
+            LegOp::Write { .. } | LegOp::Zero { .. } if disk.full => Outcome::Failed(Errno::ENOSPC),
+            LegOp::WriteMeta { .. } if disk.meta_fails => Outcome::Failed(Errno::EIO),
             LegOp::Read { range, buffer } => {
                 let values: Vec<u64> = (range.start..range.end).map(|block| disk.read(block)).collect();
                 let (target, skip) = match buffer {
@@ -287,6 +354,7 @@ impl World {
             }
             LegOp::Write { range, .. } => {
                 disk.cache.extend((range.start..range.end).zip(data.iter().copied()));
+                disk.bad.retain(|block| !(range.start..range.end).contains(block));
                 Outcome::Done(range.byte_len())
             }
             LegOp::Zero { range } => {
@@ -298,12 +366,9 @@ impl World {
                 Outcome::Done(0)
             }
             LegOp::NextData { range } => {
-                let written: BTreeSet<u64> = disk
-                    .durable
-                    .range(range.start..range.end)
-                    .chain(disk.cache.range(range.start..range.end))
-                    .map(|(block, _)| *block)
-                    .collect();
+                // What was zeroed is a hole again: that is what ZERO_RANGE makes of it on the real file system.
+                let known = disk.durable.range(range.start..range.end).chain(disk.cache.range(range.start..range.end));
+                let written: BTreeSet<u64> = known.map(|(block, _)| *block).filter(|block| disk.read(*block) != 0).collect();
                 let first = written.first().copied();
                 Outcome::Extent(
                     first.map(|first| BlockRange::new(first, (first..range.end).find(|b| !written.contains(b)).unwrap_or(range.end))),
@@ -389,7 +454,7 @@ impl World {
         for slot in Slot::BOTH {
             self.disks[slot.index()].dead |= !present[slot.index()];
         }
-        let (mirror, out) = start(&self.disks, Some(&self.witness), &mut self.rng)?;
+        let (mirror, out) = start(&self.disks, (!self.witness.is_empty()).then_some(&self.witness), &mut self.rng)?;
         self.mirror = mirror;
         self.now = Instant(0);
         self.perform(out);
@@ -418,6 +483,7 @@ impl World {
         assert_eq!(place, slot);
         let mut leg = leg_id(slot);
         if fill == Fill::Everything {
+            self.disks[slot.index()].bad.clear();
             let disk = &mut self.disks[slot.index()];
             leg = LegId([100 + self.rng.below(100) as u8; 16]);
             disk.meta = format::spare_leg(VOLUME, leg, BLOCKS)[..META].to_vec();
