@@ -35,6 +35,12 @@ async fn wait(volume: &Volume, what: &str, wanted: impl Fn(&Status) -> bool) -> 
     *found.unwrap_or_else(|_| panic!("never {what}: {:?}", *volume.status().borrow())).expect("the volume is open")
 }
 
+/// How many writes the block device has done since the machine started.
+fn writes(device: &Path) -> u64 {
+    let stat = fs::read_to_string(Path::new("/sys/block").join(device.file_name().expect("a device")).join("stat"));
+    stat.expect("the device is there").split_whitespace().nth(4).expect("write I/Os").parse().expect("a number")
+}
+
 fn mounted(device: &Path, at: &Path, work: impl FnOnce(&Path)) {
     fs::create_dir_all(at).expect("a mount point");
     run("mount", &[device.to_str().unwrap(), at.to_str().unwrap()]);
@@ -124,8 +130,13 @@ fn killed_under_load_again_and_again_the_copies_are_equal_after_the_next_assembl
     let spec = rig.new_volume(6, MIB);
     for round in 1..=5 {
         let server = Server::start(env!("CARGO_BIN_EXE_serve"), std::slice::from_ref(&spec));
+        let before = writes(&server.devices[0]);
         let mut load = fio(&server.devices[0], 20);
-        std::thread::sleep(Duration::from_millis(400 * round));
+        while writes(&server.devices[0]) < before + 500 {
+            assert!(load.try_wait().expect("fio was started").is_none(), "fio ended early");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        std::thread::sleep(Duration::from_millis(300 * round));
         server.kill();
         // The device is dead: whatever the load gets now is an error, and it ends.
         load.wait().expect("fio was started");

@@ -1,0 +1,337 @@
+//! Objects as YAML files: `<root>/<plural>/<name>.yaml`.
+//!
+//! One lock file for the whole directory serializes writers, of all processes. A file is replaced by rename after an fsync, so that a
+//! reader sees the old one or the new one, also after a power cut. Fields that this version does not know are kept.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+use notify::{RecursiveMode, Watcher};
+use rustix::fs::{FlockOperation, flock};
+use serde_json::{Map, Value};
+use tokio::sync::watch;
+
+use crate::{Changes, Error, Listing, Object, Store};
+
+/// Changes that inotify did not tell of are seen after this.
+const RELIST: Duration = Duration::from_secs(10);
+
+/// A directory of objects.
+#[derive(Clone, Debug)]
+pub struct Directory {
+    root: PathBuf,
+}
+
+impl Directory {
+    /// Opens it; makes it if it is not there.
+    ///
+    /// # Errors
+    /// `Error::Io`.
+    pub fn open(root: impl Into<PathBuf>) -> Result<Self, Error> {
+        let root = root.into();
+        fs::create_dir_all(&root).map_err(|source| failed("creating", &root, source))?;
+        Ok(Self { root })
+    }
+
+    fn kind_dir<K: Object>(&self) -> Result<PathBuf, Error> {
+        let dir = self.root.join(&*K::plural(&()));
+        fs::create_dir_all(&dir).map_err(|source| failed("creating", &dir, source))?;
+        Ok(dir)
+    }
+
+    /// Held until dropped.
+    fn lock(&self) -> Result<File, Error> {
+        let path = self.root.join(".lock");
+        let lock = File::options().create(true).append(true).open(&path).map_err(|source| failed("opening", &path, source))?;
+        flock(&lock, FlockOperation::LockExclusive).map_err(|errno| failed("locking", &path, errno.into()))?;
+        Ok(lock)
+    }
+
+    /// Changes one object under the lock. `change` gets the stored object and says what is to be stored; `None`: nothing is left.
+    async fn change<K: Object>(
+        &self,
+        name: String,
+        change: impl FnOnce(Option<K>) -> Result<Option<K>, Error> + Send + 'static,
+    ) -> Result<Option<K>, Error> {
+        let store = self.clone();
+        blocking(move || {
+            check_name(&name)?;
+            let path = store.kind_dir::<K>()?.join(format!("{name}.yaml"));
+            let _lock = store.lock()?;
+            let stored = read::<K>(&path)?;
+            let existed = stored.is_some();
+            let (object, unknown) = stored.unzip();
+            let Some(mut changed) = change(object)? else {
+                if existed {
+                    fs::remove_file(&path).and_then(|()| sync_dir(&path)).map_err(|source| failed("removing", &path, source))?;
+                }
+                return Ok(None);
+            };
+            let meta = changed.meta_mut();
+            let version: u64 = meta.resource_version.as_deref().and_then(|version| version.parse().ok()).unwrap_or(0);
+            meta.resource_version = Some((version + 1).to_string());
+            write(&path, &changed, unknown)?;
+            Ok(Some(changed))
+        })
+        .await
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Error::Io { what: "working on the object directory".into(), source: io::Error::other(error) }),
+    }
+}
+
+fn failed(doing: &str, path: &Path, source: io::Error) -> Error {
+    Error::Io { what: format!("{doing} {}", path.display()), source }
+}
+
+/// A DNS-1123 subdomain: also what keeps a name inside the directory.
+fn check_name(name: &str) -> Result<(), Error> {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let label = |label: &str| {
+        let bytes = label.as_bytes();
+        bytes.first().copied().is_some_and(plain)
+            && bytes.last().copied().is_some_and(plain)
+            && bytes.iter().all(|b| plain(*b) || *b == b'-')
+    };
+    let valid = name.len() <= 253 && name.split('.').all(label);
+    if valid { Ok(()) } else { Err(Error::Name { name: name.into() }) }
+}
+
+/// The object, and what of its file this version does not know.
+fn read<K: Object>(path: &Path) -> Result<Option<(K, Value)>, Error> {
+    let unreadable = |reason: String| Error::Unreadable { path: path.to_owned(), reason };
+    let text = match fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(unreadable(error.to_string())),
+    };
+    let value: Value = serde_saphyr::from_str(&text).map_err(|error| unreadable(error.to_string()))?;
+    let object: K = serde_json::from_value(value.clone()).map_err(|error| unreadable(error.to_string()))?;
+    let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+    if object.meta().name != name {
+        return Err(unreadable(format!("metadata.name is {:?}, but the file is another's", object.meta().name)));
+    }
+    let known = serde_json::to_value(&object).map_err(|error| unreadable(error.to_string()))?;
+    Ok(Some((object, beyond(&value, &known))))
+}
+
+/// What `all` has beyond `known`.
+fn beyond(all: &Value, known: &Value) -> Value {
+    let (Value::Object(all), Value::Object(known)) = (all, known) else { return Value::Null };
+    let mut rest = Map::new();
+    for (key, value) in all {
+        let part = match known.get(key) {
+            Some(known) => beyond(value, known),
+            // A null is how YAML says "absent".
+            None => value.clone(),
+        };
+        if !part.is_null() {
+            rest.insert(key.clone(), part);
+        }
+    }
+    if rest.is_empty() { Value::Null } else { Value::Object(rest) }
+}
+
+fn add(into: &mut Value, rest: Value) {
+    if let (Value::Object(into), Value::Object(rest)) = (into, rest) {
+        for (key, value) in rest {
+            match into.get_mut(&key) {
+                Some(known) => add(known, value),
+                None => drop(into.insert(key, value)),
+            }
+        }
+    }
+}
+
+fn write<K: Object>(path: &Path, object: &K, unknown: Option<Value>) -> Result<(), Error> {
+    let invalid = |reason: String| failed("encoding", path, io::Error::new(io::ErrorKind::InvalidData, reason));
+    let mut value = serde_json::to_value(object).map_err(|error| invalid(error.to_string()))?;
+    add(&mut value, unknown.unwrap_or(Value::Null));
+    let text = serde_saphyr::to_string(&value).map_err(|error| invalid(error.to_string()))?;
+    let dir = path.parent().unwrap_or(Path::new("."));
+    // A dot file: nobody takes it for an object.
+    let mut file = tempfile::Builder::new().prefix(".").tempfile_in(dir).map_err(|source| failed("writing in", dir, source))?;
+    file.write_all(text.as_bytes()).and_then(|()| file.as_file().sync_all()).map_err(|source| failed("writing", path, source))?;
+    file.persist(path).map_err(|error| failed("writing", path, error.error))?;
+    sync_dir(path).map_err(|source| failed("syncing", dir, source))
+}
+
+fn sync_dir(path: &Path) -> io::Result<()> {
+    File::open(path.parent().unwrap_or(Path::new("."))).and_then(|dir| dir.sync_all())
+}
+
+fn kind_and_name<K: Object>(name: &str) -> (String, String) {
+    (K::kind(&()).into_owned(), name.to_owned())
+}
+
+fn name_of<K: Object>(object: &K) -> String {
+    object.meta().name.clone().unwrap_or_default()
+}
+
+/// The stored object, if `object` was made from it.
+fn current<K: Object>(stored: Option<K>, object: &K) -> Result<K, Error> {
+    let (kind, name) = kind_and_name::<K>(&name_of(object));
+    let Some(stored) = stored else { return Err(Error::NotFound { kind, name }) };
+    let same = stored.meta().uid == object.meta().uid && stored.meta().resource_version == object.meta().resource_version;
+    if same { Ok(stored) } else { Err(Error::Conflict { kind, name }) }
+}
+
+/// `main` with the status of `status`.
+fn with_status_of<K: Object>(main: &K, status: &K) -> Result<K, Error> {
+    let join = || -> serde_json::Result<K> {
+        let (mut value, from) = (serde_json::to_value(main)?, serde_json::to_value(status)?);
+        if let Value::Object(fields) = &mut value {
+            fields.remove("status");
+            if let Some(status) = from.get("status") {
+                fields.insert("status".into(), status.clone());
+            }
+        }
+        serde_json::from_value(value)
+    };
+    join().map_err(|error| Error::Io { what: format!("encoding {}", K::kind(&())), source: error.into() })
+}
+
+fn gone<K: Object>(object: &K) -> bool {
+    let meta = object.meta();
+    meta.deletion_timestamp.is_some() && meta.finalizers.as_ref().is_none_or(Vec::is_empty)
+}
+
+impl Store for Directory {
+    async fn get<K: Object>(&self, name: &str) -> Result<Option<K>, Error> {
+        let (store, name) = (self.clone(), name.to_owned());
+        blocking(move || {
+            check_name(&name)?;
+            Ok(read(&store.kind_dir::<K>()?.join(format!("{name}.yaml")))?.map(|(object, _)| object))
+        })
+        .await
+    }
+
+    async fn list<K: Object>(&self) -> Result<Listing<K>, Error> {
+        let store = self.clone();
+        blocking(move || {
+            let dir = store.kind_dir::<K>()?;
+            let entries = fs::read_dir(&dir).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+            let mut paths: Vec<PathBuf> =
+                entries.map_err(|source| failed("reading", &dir, source))?.iter().map(|entry| entry.path()).collect();
+            let hidden = |path: &Path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+            paths.retain(|path| path.extension().is_some_and(|extension| extension == "yaml") && !hidden(path));
+            paths.sort();
+            let mut listing = Listing { objects: Vec::new(), unreadable: Vec::new() };
+            for path in paths {
+                match read(&path) {
+                    Ok(Some((object, _))) => listing.objects.push(object),
+                    // It was deleted in between.
+                    Ok(None) => {}
+                    Err(error) => listing.unreadable.push(error),
+                }
+            }
+            Ok(listing)
+        })
+        .await
+    }
+
+    async fn create<K: Object>(&self, object: K) -> Result<K, Error> {
+        let name = name_of(&object);
+        let (kind, wanted) = kind_and_name::<K>(&name);
+        let created = self.change(name, move |stored: Option<K>| {
+            if stored.is_some() {
+                return Err(Error::AlreadyExists { kind, name: wanted });
+            }
+            let mut bare = object;
+            let meta = bare.meta_mut();
+            meta.uid = Some(uuid::Uuid::new_v4().to_string());
+            meta.resource_version = None;
+            meta.generation = Some(1);
+            meta.creation_timestamp = Some(Time(Timestamp::now()));
+            meta.deletion_timestamp = None;
+            without_status(&bare).map(Some)
+        });
+        created.await.map(|object| object.expect("an object was stored"))
+    }
+
+    async fn update<K: Object>(&self, object: K) -> Result<K, Error> {
+        let returned = object.clone();
+        let updated = self.change(name_of(&object), move |stored| {
+            let stored = current(stored, &object)?;
+            let mut object = with_status_of(&object, &stored)?;
+            let meta = object.meta_mut();
+            meta.creation_timestamp = stored.meta().creation_timestamp.clone();
+            meta.deletion_timestamp = stored.meta().deletion_timestamp.clone();
+            meta.generation = stored.meta().generation.map(|generation| generation + 1);
+            Ok((!gone(&object)).then_some(object))
+        });
+        Ok(updated.await?.unwrap_or(returned))
+    }
+
+    async fn update_status<K: Object>(&self, object: K) -> Result<K, Error> {
+        let updated = self.change(name_of(&object), move |stored| {
+            let stored = current(stored, &object)?;
+            with_status_of(&stored, &object).map(Some)
+        });
+        updated.await.map(|object| object.expect("an object was stored"))
+    }
+
+    async fn delete<K: Object>(&self, name: &str, unchanged: Option<&K>) -> Result<(), Error> {
+        let unchanged = unchanged.cloned();
+        let (kind, wanted) = kind_and_name::<K>(name);
+        let deleted = self.change(name.to_owned(), move |stored: Option<K>| {
+            let mut stored = match unchanged {
+                Some(object) => current(stored, &object)?,
+                None => stored.ok_or(Error::NotFound { kind, name: wanted })?,
+            };
+            stored.meta_mut().deletion_timestamp.get_or_insert_with(|| Time(Timestamp::now()));
+            Ok((!gone(&stored)).then_some(stored))
+        });
+        deleted.await.map(drop)
+    }
+
+    async fn changes<K: Object>(&self) -> Result<impl Changes, Error> {
+        let store = self.clone();
+        blocking(move || {
+            let dir = store.kind_dir::<K>()?;
+            let (sender, receiver) = watch::channel(());
+            let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+                // What is only read does not count, or every list would be a change.
+                if !event.is_ok_and(|event| event.kind.is_access()) {
+                    sender.send_replace(());
+                }
+            });
+            let watched = watcher.and_then(|mut watcher| watcher.watch(&dir, RecursiveMode::NonRecursive).map(|()| watcher));
+            let watcher = watched.map_err(|error| failed("watching", &dir, io::Error::other(error)))?;
+            Ok(DirectoryChanges { receiver, _watcher: watcher })
+        })
+        .await
+    }
+}
+
+fn without_status<K: Object>(object: &K) -> Result<K, Error> {
+    let strip = || -> serde_json::Result<K> {
+        let mut value = serde_json::to_value(object)?;
+        if let Value::Object(fields) = &mut value {
+            fields.remove("status");
+        }
+        serde_json::from_value(value)
+    };
+    strip().map_err(|error| Error::Io { what: format!("encoding {}", K::kind(&())), source: error.into() })
+}
+
+struct DirectoryChanges {
+    receiver: watch::Receiver<()>,
+    _watcher: notify::RecommendedWatcher,
+}
+
+impl Changes for DirectoryChanges {
+    async fn next(&mut self) {
+        // Either way it is time to look again.
+        drop(tokio::time::timeout(RELIST, self.receiver.changed()).await);
+    }
+}

@@ -1,0 +1,112 @@
+//! Where Lockstep's objects live.
+//!
+//! ```text
+//! controller --\                                    one YAML file an object (standalone)
+//!               >--- Store: get list create update delete changes
+//! node -------/                                     the Kubernetes API, with its own issue
+//! ```
+//! Controller and node meet only here and never know which of the two they have. The semantics are those of the Kubernetes API:
+//! - a created object gets a UID, a resourceVersion and a creation time; creating a name that exists is refused;
+//! - an update carries the resourceVersion it was made from; if the object changed since, it is refused (`Error::Conflict`);
+//! - an update of the object leaves the status alone, an update of the status leaves the rest alone;
+//! - deleting an object with finalizers marks it; it goes when the last finalizer is removed.
+//!
+//! `conformance::check` is what every implementation must pass.
+
+pub mod conformance;
+mod directory;
+
+use std::{fmt::Debug, future::Future, path::PathBuf};
+
+pub use directory::Directory;
+use kube::Resource;
+use serde::{Serialize, de::DeserializeOwned};
+
+/// What can be stored: a cluster-scoped custom resource.
+pub trait Object: Resource<DynamicType = ()> + Serialize + DeserializeOwned + Clone + Debug + Send + Sync + 'static {}
+
+impl<T> Object for T where T: Resource<DynamicType = ()> + Serialize + DeserializeOwned + Clone + Debug + Send + Sync + 'static {}
+
+/// Why something was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no such object.
+    #[error("{kind} {name} does not exist")]
+    NotFound {
+        /// Its kind.
+        kind: String,
+        /// Its name.
+        name: String,
+    },
+    /// The name is taken.
+    #[error("{kind} {name} exists already")]
+    AlreadyExists {
+        /// Its kind.
+        kind: String,
+        /// Its name.
+        name: String,
+    },
+    /// The object changed since it was read, or is not the one that was meant. Read it again.
+    #[error("{kind} {name} was changed by somebody else in the meantime")]
+    Conflict {
+        /// Its kind.
+        kind: String,
+        /// Its name.
+        name: String,
+    },
+    /// The name cannot be an object's.
+    #[error("{name:?} cannot be an object's name: 1 to 253 of a-z, 0-9, '-' and '.', beginning and ending with a letter or digit")]
+    Name {
+        /// What was given.
+        name: String,
+    },
+    /// A file cannot be understood. It is never overwritten.
+    #[error("{path} cannot be read: {reason}. Repair it, or move it away")]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and where.
+        reason: String,
+    },
+    /// The system failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// All objects of a kind.
+#[derive(Debug)]
+pub struct Listing<K> {
+    /// Those that could be read, by name.
+    pub objects: Vec<K>,
+    /// Those that could not. Whoever adds up space must not take them for absent.
+    pub unreadable: Vec<Error>,
+}
+
+/// Tells when objects of a kind may have changed.
+pub trait Changes: Send {
+    /// Ends when something may have changed since the last call, or after a while in any case.
+    fn next(&mut self) -> impl Future<Output = ()> + Send;
+}
+
+/// The store.
+pub trait Store: Send + Sync + 'static {
+    /// One object. `None`: it does not exist.
+    fn get<K: Object>(&self, name: &str) -> impl Future<Output = Result<Option<K>, Error>> + Send;
+    /// All objects of the kind.
+    fn list<K: Object>(&self) -> impl Future<Output = Result<Listing<K>, Error>> + Send;
+    /// Creates it. Its status is not taken.
+    fn create<K: Object>(&self, object: K) -> impl Future<Output = Result<K, Error>> + Send;
+    /// Replaces everything but the status. Refused unless `object` carries the current resourceVersion.
+    fn update<K: Object>(&self, object: K) -> impl Future<Output = Result<K, Error>> + Send;
+    /// Replaces the status. Refused unless `object` carries the current resourceVersion.
+    fn update_status<K: Object>(&self, object: K) -> impl Future<Output = Result<K, Error>> + Send;
+    /// Deletes it, or marks it if it has finalizers. With `unchanged`: only if it still has that UID and resourceVersion.
+    fn delete<K: Object>(&self, name: &str, unchanged: Option<&K>) -> impl Future<Output = Result<(), Error>> + Send;
+    /// Changes of the kind from now on.
+    fn changes<K: Object>(&self) -> impl Future<Output = Result<impl Changes, Error>> + Send;
+}

@@ -1,0 +1,112 @@
+//! The directory against the conformance test, and what only files can do.
+#![allow(missing_docs)]
+
+use std::fs;
+
+use kube::CustomResource;
+use lockstep_store::{Directory, Error, Store, conformance};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+#[derive(CustomResource, Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[kube(group = "test.lockstep.io", version = "v1", kind = "Note", status = "NoteStatus")]
+struct NoteSpec {
+    text: String,
+}
+
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+struct NoteStatus {
+    text: String,
+}
+
+impl conformance::Sample for Note {
+    fn sample(name: &str, spec: &str) -> Self {
+        Note::new(name, NoteSpec { text: spec.into() })
+    }
+    fn spec(&self) -> &str {
+        &self.spec.text
+    }
+    fn set_spec(&mut self, spec: &str) {
+        self.spec.text = spec.into();
+    }
+    fn status(&self) -> Option<&str> {
+        self.status.as_ref().map(|status| status.text.as_str())
+    }
+    fn set_status(&mut self, status: &str) {
+        self.status = Some(NoteStatus { text: status.into() });
+    }
+}
+
+fn note(name: &str) -> Note {
+    Note::new(name, NoteSpec { text: "x".into() })
+}
+
+#[tokio::test]
+async fn a_directory_keeps_the_promises_of_a_store() {
+    let dir = tempfile::tempdir().unwrap();
+    conformance::check::<Note>(&Directory::open(dir.path()).unwrap()).await;
+}
+
+#[tokio::test]
+async fn an_unreadable_file_is_named_and_never_overwritten() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Directory::open(dir.path()).unwrap();
+    store.create(note("good")).await.unwrap();
+    let bad = dir.path().join("notes/bad.yaml");
+    fs::write(&bad, "spec: [unclosed").unwrap();
+    let listing = store.list::<Note>().await.unwrap();
+    assert_eq!(listing.objects.len(), 1);
+    assert!(listing.unreadable[0].to_string().contains("bad.yaml"), "{}", listing.unreadable[0]);
+    assert!(matches!(store.get::<Note>("bad").await, Err(Error::Unreadable { .. })));
+    assert!(matches!(store.create(note("bad")).await, Err(Error::Unreadable { .. })));
+    assert!(matches!(store.delete::<Note>("bad", None).await, Err(Error::Unreadable { .. })));
+    assert_eq!(fs::read_to_string(bad).unwrap(), "spec: [unclosed");
+}
+
+#[tokio::test]
+async fn fields_that_this_version_does_not_know_are_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Directory::open(dir.path()).unwrap();
+    store.create(note("n")).await.unwrap();
+    let path = dir.path().join("notes/n.yaml");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("spec:\n", "spec:\n  fromTheFuture: {depth: 2}\n")).unwrap();
+    let mut object = store.get::<Note>("n").await.unwrap().unwrap();
+    object.spec.text = "changed".into();
+    store.update(object).await.unwrap();
+    let text = fs::read_to_string(&path).unwrap();
+    assert!(text.contains("fromTheFuture") && text.contains("depth: 2") && text.contains("changed"), "{text}");
+}
+
+#[tokio::test]
+async fn a_name_cannot_leave_the_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Directory::open(dir.path()).unwrap();
+    for name in ["", "../x", "a/b", ".hidden", "UPPER", "a..b", "-a", &"a".repeat(254)] {
+        assert!(matches!(store.create(note(name)).await, Err(Error::Name { .. })), "{name:?}");
+    }
+}
+
+#[tokio::test]
+async fn writers_at_once_lose_no_update() {
+    let dir = tempfile::tempdir().unwrap();
+    Directory::open(dir.path()).unwrap().create(note("n")).await.unwrap();
+    let add = |_| {
+        let store = Directory::open(dir.path()).unwrap();
+        tokio::spawn(async move {
+            loop {
+                let mut object = store.get::<Note>("n").await.unwrap().unwrap();
+                object.spec.text.push('x');
+                match store.update(object).await {
+                    Ok(_) => return,
+                    Err(Error::Conflict { .. }) => {}
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        })
+    };
+    for task in (0..16).map(add).collect::<Vec<_>>() {
+        task.await.unwrap();
+    }
+    assert_eq!(Directory::open(dir.path()).unwrap().get::<Note>("n").await.unwrap().unwrap().spec.text.len(), 17);
+}
