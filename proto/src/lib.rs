@@ -1,0 +1,17 @@
+//! What two processes must agree on. No policy here.
+//!
+//! ```text
+//! CreateVolume -> MirrorVolume.spec (controller) -> the node named in it claims and allocates -> MirrorVolume.status -> answer
+//! a blank disk -> LocalDisk (node) -> capacity (controller)
+//! ```
+
+pub mod capacity;
+pub mod objects;
+pub mod parameters;
+
+/// The CSI driver's name.
+pub const DRIVER_NAME: &str = "csi.lockstep.io";
+/// The topology key; its value is the node's name, for ever.
+pub const TOPOLOGY_KEY: &str = "topology.lockstep.io/node";
+/// The finalizer by which a node claims a volume.
+pub const FINALIZER: &str = "lockstep.io/legs";

@@ -1,0 +1,243 @@
+//! The objects in which controller and node meet (group `lockstep.io`, version `v1alpha1`, cluster scoped).
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::CustomResource;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// One disk that a node may use.
+#[derive(CustomResource, Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[kube(group = "lockstep.io", version = "v1alpha1", kind = "LocalDisk", shortname = "ld", status = "LocalDiskStatus")]
+#[serde(rename_all = "camelCase")]
+pub struct LocalDiskSpec {
+    /// The node that the disk is in.
+    pub node: String,
+}
+
+/// What the node says about a disk.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LocalDiskStatus {
+    /// Which disk it is, wherever it is plugged in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<DiskIdentity>,
+    /// Bytes that volumes can have.
+    #[serde(default)]
+    pub capacity_bytes: u64,
+    /// Bytes that volumes have.
+    #[serde(default)]
+    pub allocated_bytes: u64,
+    /// How far it is.
+    #[serde(default)]
+    pub phase: DiskPhase,
+    /// Why, and what to do.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
+    /// In the Kubernetes way.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<Condition>,
+}
+
+/// What does not change when a disk moves to another slot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DiskIdentity {
+    /// The UUID of our file system on it.
+    pub fs_uuid: String,
+    /// The serial number, where it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// The world wide name, where it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wwn: Option<String>,
+    /// The model, where it says one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// The whole disk: two partitions of one disk are not a pair.
+    pub physical: String,
+    /// Its size.
+    pub size_bytes: u64,
+}
+
+/// How far a disk is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum DiskPhase {
+    /// It was not looked at yet.
+    #[default]
+    Pending,
+    /// It is blank and is being formatted.
+    Formatting,
+    /// It can be used.
+    Ready,
+    /// Something is on it: it is left alone.
+    Refused,
+    /// It is gone, or gives errors.
+    Failed,
+}
+
+/// One volume. Its name is the CSI volume id.
+#[derive(CustomResource, Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[kube(group = "lockstep.io", version = "v1alpha1", kind = "MirrorVolume", shortname = "mv", status = "MirrorVolumeStatus")]
+#[serde(rename_all = "camelCase")]
+pub struct MirrorVolumeSpec {
+    /// The name in the CSI call.
+    pub csi_name: String,
+    /// The size that is wanted.
+    pub capacity_bytes: u64,
+    /// The node that it is placed on.
+    pub node: String,
+    /// How it is used.
+    pub volume_mode: VolumeMode,
+    /// The file system, fixed at creation; none for raw block.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fs_type: Option<FsType>,
+    /// The parameters of its StorageClass, as they were given.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub parameters: BTreeMap<String, String>,
+}
+
+/// How a volume is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum VolumeMode {
+    /// With a file system.
+    Filesystem,
+    /// As a block device.
+    Block,
+}
+
+/// The file systems that a volume can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum FsType {
+    /// ext4
+    Ext4,
+    /// XFS
+    Xfs,
+}
+
+/// What the node says about a volume.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct MirrorVolumeStatus {
+    /// How far it is.
+    #[serde(default)]
+    pub phase: VolumePhase,
+    /// Why, in one CamelCase word.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+    /// Why, and what to do.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
+    /// The UID of the object that the node claimed, before it touched a disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_uid: Option<String>,
+    /// The size that it has.
+    #[serde(default)]
+    pub capacity_bytes: u64,
+    /// Of the membership record. It lags: it may only veto.
+    #[serde(default)]
+    pub epoch: u64,
+    /// The two copies.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub legs: Vec<LegStatus>,
+    /// What is on the device.
+    #[serde(default)]
+    pub format: FormatStatus,
+    /// The block device, while it is staged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// In the Kubernetes way: Ready, Degraded, Rebuilding.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<Condition>,
+}
+
+/// How far a volume is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum VolumePhase {
+    /// Its node is to claim and allocate it.
+    #[default]
+    Allocating,
+    /// Both legs are there.
+    Ready,
+    /// The node cannot have it: nothing of it exists there.
+    Rejected,
+}
+
+/// One copy.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LegStatus {
+    /// The LocalDisk that it is on.
+    pub disk: String,
+    /// Its id.
+    pub leg_id: String,
+    /// What it counts for.
+    pub state: LegState,
+    /// How far its rebuild is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress_percent: Option<u8>,
+    /// What it failed with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
+}
+
+/// What a leg counts for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum LegState {
+    /// It is current.
+    In,
+    /// It is stale.
+    Out,
+    /// It is being filled.
+    Recovering,
+}
+
+/// What is on the device. Only a volume that was never fully formatted may be formatted.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FormatStatus {
+    /// How far it is.
+    #[serde(default)]
+    pub state: FormatState,
+    /// The file system's UUID, once it is formatted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fs_uuid: Option<String>,
+}
+
+/// How far formatting is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum FormatState {
+    /// Nothing was ever put on it.
+    #[default]
+    Never,
+    /// A mkfs began: what it left is wiped and formatted again.
+    Formatting,
+    /// It holds a file system.
+    Formatted,
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::{CustomResourceExt, ResourceExt};
+
+    use super::*;
+
+    #[test]
+    fn the_objects_have_their_names_of_the_field() {
+        for (crd, plural, short) in [(LocalDisk::crd(), "localdisks", "ld"), (MirrorVolume::crd(), "mirrorvolumes", "mv")] {
+            assert_eq!(crd.name_any(), format!("{plural}.lockstep.io"));
+            assert_eq!(crd.spec.names.short_names, Some(vec![short.to_owned()]));
+            assert_eq!(crd.spec.scope, "Cluster");
+            assert!(crd.spec.versions[0].subresources.as_ref().is_some_and(|resources| resources.status.is_some()));
+        }
+    }
+
+    #[test]
+    fn an_object_of_an_older_version_without_the_newer_fields_is_read() {
+        let status: MirrorVolumeStatus = serde_json::from_str("{}").unwrap();
+        assert_eq!(status, MirrorVolumeStatus::default());
+        assert_eq!((status.phase, status.format.state), (VolumePhase::Allocating, FormatState::Never));
+    }
+}
