@@ -5,6 +5,7 @@ use std::{
     io::Read,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use lockstep_core::{
@@ -61,7 +62,7 @@ pub struct Datapath {
 pub struct Volume {
     name: String,
     device: PathBuf,
-    state: Mutex<Option<(Mount, LoopDevice)>>,
+    state: Mutex<Option<Arc<(Mount, LoopDevice)>>>,
     legs: Mutex<[Option<PathBuf>; 2]>,
     commands: mpsc::Sender<Command>,
     status: watch::Receiver<Status>,
@@ -120,7 +121,7 @@ impl Datapath {
         Ok(Volume {
             name,
             device: device.path().to_owned(),
-            state: Mutex::new(Some((mount, device))),
+            state: Mutex::new(Some(Arc::new((mount, device)))),
             legs: Mutex::new(opened.legs),
             commands: opened.commands,
             status,
@@ -170,12 +171,22 @@ fn open(spec: &VolumeSpec) -> Result<Opened, Error> {
     let returning = assembled.returning.iter().map(|(index, slot, fill)| (LegPath { dir: found[*index].dir.clone() }, *slot, *fill));
     let returning = returning.collect();
     let mut found: Vec<Option<OpenLeg>> = found.into_iter().map(Some).collect();
-    let legs = assembled.slots.map(|index| index.and_then(|index| found[index].take()));
-    for leg in legs.iter().flatten() {
+    let mut legs = assembled.slots.map(|index| index.and_then(|index| found[index].take()));
+    for slot in 0..2 {
+        let Some(leg) = &legs[slot] else { continue };
         if leg.len < bytes {
-            return Err(Error::Truncated { path: leg.dir.join("data"), found: leg.len, wanted: bytes });
+            let error = Error::Truncated { path: leg.dir.join("data"), found: leg.len, wanted: bytes };
+            let other = legs[1 - slot].as_ref().is_some_and(|other| other.len >= bytes);
+            if !other {
+                return Err(error);
+            }
+            // Its first I/O fails, and the mirror takes it OUT.
+            warn!(%error, "a leg is left out");
+            legs[slot] = None;
+        } else if let Err(error) = leg.allocate(bytes) {
+            // If the disk is failing, the mirror will see for itself; if it is full, writes to new space are refused.
+            warn!(%error, "a leg's space could not be made sure of");
         }
-        leg.allocate(bytes)?;
     }
     let dirs = [0, 1].map(|slot: usize| legs[slot].as_ref().map(|leg| leg.dir.clone()));
     let (mount, fuse) = device::mount_fuse(&spec.run_dir, &name)?;
@@ -281,7 +292,7 @@ impl Volume {
         self.submit(Request::Grow { blocks: bytes / BLOCK_SIZE }).await?;
         self.ask(Command::InvalidateAttributes).await?;
         let state = self.state.lock().await;
-        let Some((mount, device)) = state.as_ref() else { return Err(Error::Gone) };
+        let Some((mount, device)) = state.as_deref() else { return Err(Error::Gone) };
         // A stat brings the new size into the kernel's inode; the loop device takes it from there.
         let file = blocking({
             let file = mount.open()?;
@@ -306,12 +317,21 @@ impl Volume {
     /// `Error::Io`, `Error::Mirror`.
     pub async fn close(&self) -> Result<(), Error> {
         let mut state = self.state.lock().await;
-        if let Some((mount, device)) = state.take() {
-            let path = device.path().to_owned();
-            blocking(move || device.detach().context(|| format!("detaching {}", path.display()))).await?;
+        if let Some(attached) = state.clone() {
+            let detached = Arc::clone(&attached);
+            blocking(move || {
+                let device = &detached.1;
+                device.detach().context(|| format!("detaching {}", device.path().display()))
+            })
+            .await?;
             // The kernel may still be letting go of the device; what it sends until then is served.
-            self.submit(Request::Stop).await?;
-            blocking(move || mount.unmount()).await?;
+            match self.submit(Request::Stop).await {
+                // An earlier call came as far as this.
+                Err(Error::Mirror(Errno::ESHUTDOWN)) => {}
+                stopped => stopped?,
+            }
+            blocking(move || attached.0.unmount()).await?;
+            *state = None;
         }
         self.ask(Command::Close).await
     }

@@ -84,7 +84,6 @@ pub(crate) struct OpenLeg {
     pub(crate) meta: Vec<u8>,
     pub(crate) len: u64,
     data: File,
-    data_durable: File,
     meta_file: File,
 }
 
@@ -97,31 +96,37 @@ fn open_direct(path: &Path, flags: i32) -> Result<File, Error> {
         .context(|| format!("opening {}", path.display()))
 }
 
+/// Locks a file for as long as it is open. In-flight I/O of a dead process keeps its open file and with it the lock: who gets the lock has
+/// seen the last stale write. So every file that is written is written through the description that holds its lock.
+fn fence(file: &File, path: &Path, deadline: Instant) -> Result<(), Error> {
+    while let Err(error) = flock(file, FlockOperation::NonBlockingLockExclusive) {
+        if error != rustix::io::Errno::WOULDBLOCK {
+            return Err(error).context(|| format!("locking {}", path.display()));
+        }
+        if Instant::now() >= deadline {
+            return Err(Error::LegBusy { path: path.to_owned() });
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
 impl OpenLeg {
     /// Opens and fences the leg in `dir`. Blocks: up to 10 s if an earlier process's writes are still on their way.
     pub(crate) fn open(dir: &Path) -> Result<Self, Error> {
         let path = dir.join("data");
         let data = open_direct(&path, 0)?;
         let deadline = Instant::now() + FENCE_DEADLINE;
-        // In-flight I/O of a dead process keeps its open file and with it the lock: who gets the lock has seen the last stale write.
-        while let Err(error) = flock(&data, FlockOperation::NonBlockingLockExclusive) {
-            if error != rustix::io::Errno::WOULDBLOCK {
-                return Err(error).context(|| format!("locking {}", path.display()));
-            }
-            if Instant::now() >= deadline {
-                return Err(Error::LegBusy { path });
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        fence(&data, &path, deadline)?;
         let meta_path = dir.join("meta");
+        let meta_file = open_direct(&meta_path, libc::O_DSYNC)?;
+        fence(&meta_file, &meta_path, deadline)?;
         let mut meta = Vec::new();
         File::open(&meta_path)
             .and_then(|file| file.take(format::META_LEN).read_to_end(&mut meta))
             .context(|| format!("reading {}", meta_path.display()))?;
         let len = data.metadata().context(|| format!("reading the size of {}", path.display()))?.len();
-        let data_durable = open_direct(&path, libc::O_DSYNC)?;
-        let meta_file = open_direct(&meta_path, libc::O_DSYNC)?;
-        Ok(Self { dir: dir.to_owned(), meta, len, data, data_durable, meta_file })
+        Ok(Self { dir: dir.to_owned(), meta, len, data, meta_file })
     }
 
     /// Allocates whatever of the first `bytes` is not, so that no write meets a full disk (a discard from elsewhere may have punched).
@@ -134,7 +139,6 @@ impl OpenLeg {
         let seek_file = self.data.try_clone().context(|| format!("opening {}", self.dir.display()))?;
         Ok(Rc::new(LegFiles {
             data: tokio_uring::fs::File::from_std(self.data),
-            data_durable: tokio_uring::fs::File::from_std(self.data_durable),
             meta: tokio_uring::fs::File::from_std(self.meta_file),
             seek: std::sync::Arc::new(seek_file),
         }))
@@ -144,7 +148,6 @@ impl OpenLeg {
 /// A leg's files on its datapath thread.
 pub(crate) struct LegFiles {
     data: tokio_uring::fs::File,
-    data_durable: tokio_uring::fs::File,
     meta: tokio_uring::fs::File,
     seek: std::sync::Arc<File>,
 }
@@ -190,8 +193,11 @@ impl LegFiles {
         match op {
             Prepared::Read { at, window } => outcome(self.data.read_at(window, at).await.0.map(|n| n as u64)),
             Prepared::Write { at, window, fua } => {
-                let file = if fua { &self.data_durable } else { &self.data };
-                outcome(file.write_at(window, at).submit().await.0.map(|n| n as u64))
+                let written = self.data.write_at(window, at).submit().await.0;
+                if fua && written.is_ok() {
+                    return outcome(self.data.sync_data().await.and(written.map(|n| n as u64)));
+                }
+                outcome(written.map(|n| n as u64))
             }
             Prepared::Zero(range) => {
                 outcome(self.data.fallocate(range.byte_offset(), range.byte_len(), ZERO_KEEPING_SPACE).await.map(|()| 0))

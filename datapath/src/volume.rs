@@ -140,15 +140,7 @@ pub(crate) async fn run(start: Start, pool: Rc<Pool>, landing: Rc<RefCell<Option
     while let Some(command) = commands.recv().await {
         match command {
             Command::Submit(request, reply) => volume.command(request, reply),
-            Command::Attach { slot, leg, request, reply } => match leg.into_files() {
-                Ok(files) => {
-                    volume.legs.borrow_mut()[slot.index()] = Some(files);
-                    volume.command(request, reply);
-                }
-                Err(_) => {
-                    let _ = reply.send(Err(Errno::EIO));
-                }
-            },
+            Command::Attach { slot, leg, request, reply } => volume.attach(slot, *leg, request, reply),
             Command::InvalidateAttributes(reply) => {
                 let sent = rustix::io::write(volume.fuse.get_ref(), &fuse::invalidate_attributes());
                 // ENOENT: the kernel has nothing cached.
@@ -373,6 +365,32 @@ impl Volume {
         self.entries.borrow_mut().insert(tag, Entry { pending: Pending::Command(Some(reply)), payload: None });
         self.handle(Event::Submit { tag, request });
         self.publish();
+    }
+
+    /// Puts the leg's files into the slot, if nothing is there, and takes them out again if the mirror does not want them.
+    fn attach(self: &Rc<Self>, slot: Slot, leg: OpenLeg, request: io::Request, reply: oneshot::Sender<Result<(), Errno>>) {
+        if self.legs.borrow()[slot.index()].is_some() {
+            // The files of a leg that still counts must stay where they are.
+            let _ = reply.send(Err(Errno::EBUSY));
+            return;
+        }
+        let Ok(files) = leg.into_files() else {
+            let _ = reply.send(Err(Errno::EIO));
+            return;
+        };
+        self.legs.borrow_mut()[slot.index()] = Some(Rc::clone(&files));
+        let (answer, answered) = oneshot::channel();
+        self.command(request, answer);
+        let volume = Rc::clone(self);
+        tokio_uring::spawn(async move {
+            let result = answered.await.unwrap_or(Err(Errno::EIO));
+            let mut legs = volume.legs.borrow_mut();
+            let installed = &mut legs[slot.index()];
+            if result.is_err() && installed.as_ref().is_some_and(|now| Rc::ptr_eq(now, &files)) {
+                *installed = None;
+            }
+            let _ = reply.send(result);
+        });
     }
 
     /// Takes requests while there is memory for any of them.

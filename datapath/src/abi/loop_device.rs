@@ -143,9 +143,12 @@ impl LoopDevice {
         Ok(cache.trim() == "write back")
     }
 
-    /// Detaches it. In use: the kernel does so when the last user is gone.
-    pub(crate) fn detach(self) -> io::Result<()> {
+    /// Detaches it. In use: the kernel does so when the last user is gone. Not attached any more: fine.
+    pub(crate) fn detach(&self) -> io::Result<()> {
         // SAFETY: LOOP_CLR_FD takes no argument.
-        check(unsafe { libc::ioctl(self.file.as_raw_fd(), LOOP_CLR_FD, 0) }).map(drop)
+        match check(unsafe { libc::ioctl(self.file.as_raw_fd(), LOOP_CLR_FD, 0) }) {
+            Err(error) if error.raw_os_error() != Some(libc::ENXIO) => Err(error),
+            _ => Ok(()),
+        }
     }
 }

@@ -8,11 +8,11 @@ use std::{
 };
 
 use lockstep_datapath::{
-    Datapath, LegPath, Volume,
+    Datapath, Error, LegPath, Volume,
     core::{
         io::Fill,
         status::{LegState, Status, Sync},
-        units::Slot,
+        units::{Errno, Slot},
     },
 };
 use lockstep_native::{Rig, Server, fio, identical, leg_id, run, succeeds};
@@ -106,6 +106,11 @@ fn a_disk_that_fails_under_load_is_not_noticed_above_and_a_third_disk_is_filled(
         let datapath = Datapath::start(1).unwrap();
         let volume = datapath.open(spec.clone()).await.unwrap();
         wait(&volume, "healthy", healthy).await;
+        // A leg that counts is not replaced by a mistake.
+        let early = rig.spare(2, spec.volume, leg_id(2, 9), MIB);
+        let refused = volume.attach(Slot::B, early.clone(), Fill::Everything).await;
+        assert!(matches!(refused, Err(Error::Mirror(Errno::EBUSY))), "{refused:?}");
+        fs::remove_dir_all(early.dir).unwrap();
         let mut load = fio(volume.device(), 12);
         tokio::time::sleep(Duration::from_secs(3)).await;
         rig.fail_disk(1);
