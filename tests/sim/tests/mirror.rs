@@ -194,6 +194,27 @@ fn case_13_nothing_is_answered_if_the_survivor_cannot_say_who_is_out() {
 }
 
 #[test]
+fn rule_19_a_bitmap_page_that_is_valid_on_no_leg_is_all_dirty() {
+    for both in [false, true] {
+        let mut world = warm(18);
+        world.write(range(0, 16));
+        world.flush();
+        world.settle();
+        let stop = world.command(Request::Stop);
+        world.settle();
+        assert_eq!(world.answers[&stop], Ok(()));
+        // The first bitmap page's two slots; and what nothing but a resync of everything would find.
+        let damaged = if both { 0..2 } else { 0..1 };
+        world.disks[damaged].iter_mut().for_each(|disk| disk.meta[65536..73728].fill(0x5a));
+        world.disks[1].durable.insert(7, 1);
+        world.crash([true, true]).expect("both are IN");
+        world.settle();
+        let differs = world.disks[0].read(7) != world.disks[1].read(7);
+        assert_eq!(differs, !both, "one valid page is enough to know that nothing is dirty");
+    }
+}
+
+#[test]
 fn case_26_a_rebuild_target_that_fails_is_not_noticed_above() {
     for seed in 0..50 {
         let mut world = warm(seed);
