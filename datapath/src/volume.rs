@@ -148,9 +148,7 @@ pub(crate) async fn run(start: Start, pool: Rc<Pool>, landing: Rc<RefCell<Option
                 let _ = reply.send(sent.map_err(|errno| Errno(errno.raw_os_error())));
             }
             Command::Close(reply) => {
-                volume.closed.set(true);
-                volume.closing.notify_waiters();
-                volume.rearm.notify_one();
+                volume.stop_tasks();
                 drop(reader.await);
                 volume.legs.take();
                 let _ = reply.send(Ok(()));
@@ -159,14 +157,19 @@ pub(crate) async fn run(start: Start, pool: Rc<Pool>, landing: Rc<RefCell<Option
         }
     }
     // The handle is gone without a close: as after a kill, the dirty bits tell the next assembly what may differ.
-    volume.closed.set(true);
-    volume.closing.notify_waiters();
-    volume.rearm.notify_one();
+    volume.stop_tasks();
 }
 
 impl Volume {
     fn now(&self) -> Instant {
         Instant(u64::try_from(self.born.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    /// The reader and the timekeeper end.
+    fn stop_tasks(&self) {
+        self.closed.set(true);
+        self.closing.notify_waiters();
+        self.rearm.notify_one();
     }
 
     fn handle(self: &Rc<Self>, event: Event) {
@@ -189,9 +192,11 @@ impl Volume {
 
     fn fail_everything(&self) {
         error!("the mirror's code panicked: its requests get EIO from now on; stage the volume again");
-        for (_, entry) in self.entries.take() {
-            self.answer(entry, Err(Errno::EIO));
+        let tags: Vec<Tag> = self.entries.borrow().keys().copied().collect();
+        for tag in tags {
+            self.complete(tag, Err(Errno::EIO));
         }
+        self.entries.take();
         self.legs.take();
     }
 
@@ -276,16 +281,6 @@ impl Volume {
                 }
             }
             Pending::Fuse { unique, answer } => self.reply(*unique, *answer, entry.payload.as_ref(), result),
-        }
-    }
-
-    fn answer(&self, entry: Entry, result: Result<(), Errno>) {
-        match entry.pending {
-            Pending::Command(Some(reply)) => {
-                let _ = reply.send(result);
-            }
-            Pending::Command(None) => {}
-            Pending::Fuse { unique, answer } => self.reply(unique, answer, entry.payload.as_ref(), result),
         }
     }
 

@@ -185,8 +185,8 @@ fn current<K: Object>(stored: Option<K>, object: &K) -> Result<K, Error> {
     if same { Ok(stored) } else { Err(Error::Conflict { kind, name }) }
 }
 
-/// `main` with the status of `status`.
-fn with_status_of<K: Object>(main: &K, status: &K) -> Result<K, Error> {
+/// `main` with the status of `status`, or with none.
+fn with_status_of<K: Object>(main: &K, status: Option<&K>) -> Result<K, Error> {
     let join = || -> serde_json::Result<K> {
         let (mut value, from) = (serde_json::to_value(main)?, serde_json::to_value(status)?);
         if let Value::Object(fields) = &mut value {
@@ -253,7 +253,7 @@ impl Store for Directory {
             meta.generation = Some(1);
             meta.creation_timestamp = Some(Time(Timestamp::now()));
             meta.deletion_timestamp = None;
-            without_status(&bare).map(Some)
+            with_status_of(&bare, None).map(Some)
         });
         created.await.map(|object| object.expect("an object was stored"))
     }
@@ -262,7 +262,7 @@ impl Store for Directory {
         let returned = object.clone();
         let updated = self.change(name_of(&object), move |stored| {
             let stored = current(stored, &object)?;
-            let mut object = with_status_of(&object, &stored)?;
+            let mut object = with_status_of(&object, Some(&stored))?;
             let meta = object.meta_mut();
             meta.creation_timestamp = stored.meta().creation_timestamp.clone();
             meta.deletion_timestamp = stored.meta().deletion_timestamp.clone();
@@ -275,7 +275,7 @@ impl Store for Directory {
     async fn update_status<K: Object>(&self, object: K) -> Result<K, Error> {
         let updated = self.change(name_of(&object), move |stored| {
             let stored = current(stored, &object)?;
-            with_status_of(&stored, &object).map(Some)
+            with_status_of(&stored, Some(&object)).map(Some)
         });
         updated.await.map(|object| object.expect("an object was stored"))
     }
@@ -311,17 +311,6 @@ impl Store for Directory {
         })
         .await
     }
-}
-
-fn without_status<K: Object>(object: &K) -> Result<K, Error> {
-    let strip = || -> serde_json::Result<K> {
-        let mut value = serde_json::to_value(object)?;
-        if let Value::Object(fields) = &mut value {
-            fields.remove("status");
-        }
-        serde_json::from_value(value)
-    };
-    strip().map_err(|error| Error::Io { what: format!("encoding {}", K::kind(&())), source: error.into() })
 }
 
 struct DirectoryChanges {

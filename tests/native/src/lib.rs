@@ -240,7 +240,9 @@ pub fn fio(device: &Path, seconds: u32) -> Child {
             "--bsrange=4k-64k",
         ]
     };
-    let shared = ["--filename", "--direct=1", "--ioengine=libaio", "--time_based=1", "--group_reporting=1", "--output-format=terse"];
+    // fio would leave its verify states in the working directory.
+    let shared =
+        ["--verify_state_save=0", "--direct=1", "--ioengine=libaio", "--time_based=1", "--group_reporting=1", "--output-format=terse"];
     let overlapping = [
         "--name=overlap",
         "--numjobs=16",
@@ -253,7 +255,7 @@ pub fn fio(device: &Path, seconds: u32) -> Child {
     ];
     Command::new("fio")
         .arg(filename)
-        .args(&shared[1..])
+        .args(shared)
         .arg(runtime)
         .args(own("--name=own1", "--offset=0%"))
         .args(own("--name=own2", "--offset=25%"))
