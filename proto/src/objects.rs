@@ -133,9 +133,12 @@ pub struct MirrorVolumeStatus {
     /// The UID of the object that the node claimed, before it touched a disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_uid: Option<String>,
-    /// The size that it has.
+    /// The size that it has: its legs are at least this long.
     #[serde(default)]
     pub capacity_bytes: u64,
+    /// A size that its disks had no room for, when it was asked to grow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused_capacity_bytes: Option<u64>,
     /// Of the membership record. It lags: it may only veto.
     #[serde(default)]
     pub epoch: u64,
@@ -145,7 +148,7 @@ pub struct MirrorVolumeStatus {
     /// What is on the device.
     #[serde(default)]
     pub format: FormatStatus,
-    /// The block device, while it is staged.
+    /// The block device, while it is staged: it is in use then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
     /// In the Kubernetes way: Ready, Degraded, Rebuilding.

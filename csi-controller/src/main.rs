@@ -1,0 +1,2 @@
+//! The CSI controller.
+fn main() {}

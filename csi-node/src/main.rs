@@ -1,0 +1,2 @@
+//! The CSI node plugin.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Both binaries on real disks, driven by a CSI client.
