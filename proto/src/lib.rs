@@ -1,13 +1,23 @@
 //! What two processes must agree on. No policy here.
 //!
 //! ```text
+//! sidecars, kubelet --csi over a unix socket (endpoint, rpc_log)--> controller, node
 //! CreateVolume -> MirrorVolume.spec (controller) -> the node named in it claims and allocates -> MirrorVolume.status -> answer
 //! a blank disk -> LocalDisk (node) -> capacity (controller)
 //! ```
 
 pub mod capacity;
+pub mod endpoint;
+pub mod logging;
 pub mod objects;
 pub mod parameters;
+pub mod rpc_log;
+
+/// The Container Storage Interface: what `csi.proto` says, as Rust. Maps are ordered.
+#[allow(missing_docs, clippy::all)]
+pub mod csi {
+    tonic::include_proto!("csi.v1");
+}
 
 /// The CSI driver's name.
 pub const DRIVER_NAME: &str = "csi.lockstep.io";
