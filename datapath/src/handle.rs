@@ -267,6 +267,23 @@ impl Volume {
         Ok(())
     }
 
+    /// How the leg in `path` may come back: its slot, and whether the dirty regions will do. `None`: it is not one of this mirror's legs,
+    /// and can only be removed.
+    ///
+    /// # Errors
+    /// `Error::Io`, `Error::Meta`, `Error::Gone`.
+    pub async fn readmission(&self, path: &LegPath) -> Result<Option<(Slot, Fill)>, Error> {
+        let file = path.dir.join("meta");
+        let meta = blocking(move || {
+            let meta = std::fs::read(&file).context(|| format!("reading {}", file.display()))?;
+            format::peek(&meta).map_err(|source| Error::Meta { path: file, source })?;
+            Ok(meta)
+        });
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Readmission(meta.await?, reply)).await.map_err(|_| Error::Gone)?;
+        answer.await.map_err(|_| Error::Gone)
+    }
+
     /// Takes a leg out.
     ///
     /// # Errors
@@ -281,13 +298,11 @@ impl Volume {
     /// `Error::Io` if a leg's disk has no room: nothing has changed then.
     pub async fn grow(&self, bytes: u64) -> Result<(), Error> {
         let old = self.status.borrow().blocks * BLOCK_SIZE;
+        if bytes <= old {
+            return Ok(());
+        }
         for dir in self.legs.lock().await.clone().into_iter().flatten() {
-            blocking(move || {
-                let data = OpenOptions::new().write(true).open(dir.join("data"));
-                data.and_then(|data| leg::allocate(&data, old, bytes))
-                    .context(|| format!("growing {}/data to {bytes} bytes", dir.display()))
-            })
-            .await?;
+            blocking(move || leg::extend_leg(&dir, bytes)).await?;
         }
         self.submit(Request::Grow { blocks: bytes / BLOCK_SIZE }).await?;
         self.ask(Command::InvalidateAttributes).await?;

@@ -68,6 +68,19 @@ pub fn create_leg(dir: &Path, bytes: u64, meta: &[u8]) -> Result<(), Error> {
     sync_dir(dir)
 }
 
+/// Makes a leg's `data` at least `bytes` long, durably and fully allocated: the ground for `Volume::grow`. Safe while the leg is in use.
+/// Blocks.
+///
+/// # Errors
+/// `Error::Io`: the leg is as long as before then.
+pub fn extend_leg(dir: &Path, bytes: u64) -> Result<(), Error> {
+    let path = dir.join("data");
+    let what = || format!("extending {} to {bytes} bytes", path.display());
+    let data = OpenOptions::new().write(true).open(&path).context(what)?;
+    let old = data.metadata().context(what)?.len();
+    allocate(&data, old, bytes).context(what).inspect_err(|_| drop(data.set_len(old)))
+}
+
 /// Makes a volume's witness file with this content (`lockstep_core::format::new_witness`), durably.
 ///
 /// # Errors

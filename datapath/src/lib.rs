@@ -23,5 +23,5 @@ mod handle;
 pub use device::remove_leftovers;
 pub use error::Error;
 pub use handle::{Datapath, LegPath, Volume, VolumeSpec};
-pub use leg::{create_leg, create_witness};
+pub use leg::{create_leg, create_witness, extend_leg};
 pub use lockstep_core as core;

@@ -47,6 +47,8 @@ pub(crate) enum Command {
     Submit(io::Request, oneshot::Sender<Result<(), Errno>>),
     /// A leg's files, for a slot whose leg is OUT, and then the request to attach it.
     Attach { slot: Slot, leg: Box<OpenLeg>, request: io::Request, reply: oneshot::Sender<Result<(), Errno>> },
+    /// How the leg with this `meta` may come back.
+    Readmission(Vec<u8>, oneshot::Sender<Option<(Slot, io::Fill)>>),
     /// Have the kernel ask for the attributes again.
     InvalidateAttributes(oneshot::Sender<Result<(), Errno>>),
     /// Forget everything. The mirror was stopped before.
@@ -141,6 +143,10 @@ pub(crate) async fn run(start: Start, pool: Rc<Pool>, landing: Rc<RefCell<Option
         match command {
             Command::Submit(request, reply) => volume.command(request, reply),
             Command::Attach { slot, leg, request, reply } => volume.attach(slot, *leg, request, reply),
+            Command::Readmission(meta, reply) => {
+                let fill = volume.mirror.borrow().as_ref().and_then(|mirror| mirror.readmission(&meta));
+                let _ = reply.send(fill);
+            }
             Command::InvalidateAttributes(reply) => {
                 let sent = rustix::io::write(volume.fuse.get_ref(), &fuse::invalidate_attributes());
                 // ENOENT: the kernel has nothing cached.
