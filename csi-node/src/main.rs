@@ -1,2 +1,127 @@
 //! The CSI node plugin.
-fn main() {}
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use clap::Parser;
+use lockstep_csi_node::{
+    config::Config,
+    disks::Disks,
+    lease,
+    node::Node,
+    rpc::{Identity, NodeService},
+    staged,
+    state_dir::StateDir,
+};
+use lockstep_datapath::Datapath;
+use lockstep_proto::{
+    csi::{identity_server::IdentityServer, node_server::NodeServer},
+    endpoint::Endpoint,
+    logging,
+    rpc_log::RpcLog,
+};
+use lockstep_store::{Directory, Store};
+use tokio::signal::unix::{SignalKind, signal};
+use tonic::transport::Server;
+use tracing::{info, warn};
+
+/// How often the disks are looked at.
+const SCAN: Duration = Duration::from_secs(2);
+
+/// Lockstep's CSI node plugin: claims this node's disks and serves volumes that are mirrored on two of them.
+///
+/// Every disk that the configuration selects belongs to Lockstep, all of it. A blank one is formatted; one that has anything on it is
+/// refused, and `LocalDisk` objects say why. Volumes are served by this process: when it ends, their devices end with it.
+///
+/// Logging: LOCKSTEP_LOG=debug (default info), to stderr.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Args {
+    /// The unix socket to serve CSI on.
+    #[arg(long, default_value = "unix:///run/lockstep/node.sock")]
+    endpoint: Endpoint,
+    /// The name of this node: the value of the topology key topology.lockstep.io/node. It must never change.
+    #[arg(long, env = "NODE_NAME")]
+    node_name: String,
+    /// Which disks belong to Lockstep: a YAML file, `disks: [{path: /dev/disk/by-id/PATTERN}, ...]`.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Where this node keeps what must not be on the mirrored disks: witnesses, staged records, mounts.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/lockstep")]
+    state_dir: PathBuf,
+    /// Standalone mode: the objects are YAML files in this directory, shared with csi-controller. Required: Kubernetes itself as the
+    /// object store is not supported yet.
+    #[arg(long, value_name = "DIR")]
+    objects: PathBuf,
+    /// How many threads serve volumes; each carries many.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
+    datapath_threads: u8,
+}
+
+fn main() -> anyhow::Result<()> {
+    let Args { endpoint, node_name, config, state_dir, objects, datapath_threads } = Args::parse();
+    logging::init()?;
+    let config = Config::read(&config)?;
+    let state = Arc::new(StateDir::open(&state_dir)?);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
+    let store = Directory::open(&objects)?;
+    let disks = Arc::new(Disks::new(Arc::clone(&state), config.disks));
+    let datapath = Datapath::start(usize::from(datapath_threads))?;
+    let node = Arc::new(Node::new(node_name, store, state, disks, datapath));
+    runtime.block_on(run(node, &endpoint))?;
+    // A thread that waits for a hung disk must not keep the process.
+    runtime.shutdown_background();
+    Ok(())
+}
+
+async fn run<S: Store>(node: Arc<Node<S>>, endpoint: &Endpoint) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let identity = Identity::default();
+    let incoming = endpoint.bind()?;
+    for staged in staged::all(&node.state)? {
+        warn!(
+            volume = staged.volume,
+            path = %staged.staging_path.display(),
+            "it was staged when an earlier csi-node ended, and its device is dead: unpublish and unstage it, then stage it again"
+        );
+    }
+    let ready = identity.clone();
+    tokio::spawn(watch_disks(Arc::clone(&node), ready));
+    tokio::spawn({
+        let node = Arc::clone(&node);
+        async move { lease::keep(&node.store, &node.name).await }
+    });
+    info!(%endpoint, node = node.name, "serving");
+    Server::builder()
+        .layer(RpcLog::default())
+        .add_service(IdentityServer::new(identity))
+        .add_service(NodeServer::new(NodeService::new(Arc::clone(&node))))
+        .serve_with_incoming_shutdown(incoming, async {
+            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+        })
+        .await?;
+    node.flush_all().await;
+    Ok(())
+}
+
+/// Looks at the disks again and again; volumes are followed once the first look is over.
+async fn watch_disks<S: Store>(node: Arc<Node<S>>, ready: Identity) {
+    let mut first = true;
+    loop {
+        node.disks.scan().await;
+        let mut changes = node.disks.changes();
+        if let Err(error) = node.disks.publish(&node.store, &node.name).await {
+            warn!(%error, "the disks' objects do not say what is");
+        }
+        if std::mem::take(&mut first) {
+            ready.set_ready();
+            tokio::spawn(Arc::clone(&node).follow_volumes());
+        }
+        node.sweep().await;
+        tokio::select! {
+            () = tokio::time::sleep(SCAN) => {}
+            _ = changes.changed() => {}
+        }
+    }
+}

@@ -1,0 +1,340 @@
+//! From objects to legs: a volume's node claims it, gives it two legs, makes them longer, and removes them.
+//!
+//! ```text
+//! created --no room--> Rejected (nothing exists)
+//!    | finalizer and observedUID: claimed
+//!    v
+//! Allocating --two legs, then the witness--> Ready --spec grows--> both legs longer, then status.capacityBytes
+//!    +------------------------------ deleted: legs, witness, then the finalizer
+//! ```
+//! Every step can be cut off and is done again.
+
+use std::{fs, sync::Arc};
+
+use lockstep_datapath::{
+    core::{
+        format,
+        units::{BLOCK_SIZE, LegId, VolumeId},
+    },
+    create_leg, create_witness, extend_leg,
+};
+use lockstep_proto::{
+    FINALIZER,
+    objects::{LegState, LegStatus, MirrorVolume, VolumePhase},
+};
+use lockstep_store::Store;
+use tracing::{info, warn};
+
+use crate::{
+    disks::Reservation,
+    error::Error,
+    legs::{self, LegDir, OVERHEAD},
+    node::{Node, blocking, names},
+    tombstone,
+};
+
+/// What is to be done for a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Task {
+    Claim,
+    Allocate,
+    Extend,
+    Delete,
+}
+
+fn claimed(volume: &MirrorVolume) -> bool {
+    volume.metadata.finalizers.as_ref().is_some_and(|finalizers| finalizers.iter().any(|name| name == FINALIZER))
+}
+
+fn task(volume: &MirrorVolume) -> Option<Task> {
+    let status = volume.status.clone().unwrap_or_default();
+    let grows = volume.spec.capacity_bytes > status.capacity_bytes;
+    match status.phase {
+        _ if volume.metadata.deletion_timestamp.is_some() => claimed(volume).then_some(Task::Delete),
+        VolumePhase::Allocating if claimed(volume) => Some(Task::Allocate),
+        VolumePhase::Allocating => Some(Task::Claim),
+        VolumePhase::Ready if grows && status.refused_capacity_bytes != Some(volume.spec.capacity_bytes) => Some(Task::Extend),
+        VolumePhase::Ready | VolumePhase::Rejected => None,
+    }
+}
+
+impl<S: Store> Node<S> {
+    /// Does what the objects ask for, until the process ends.
+    pub async fn follow_volumes(self: Arc<Self>) {
+        loop {
+            let mut changes = match self.store.changes::<MirrorVolume>().await {
+                Ok(changes) => changes,
+                Err(error) => {
+                    warn!(%error, "the objects cannot be watched");
+                    tokio::time::sleep(std::time::Duration::from_secs(5)).await;
+                    continue;
+                }
+            };
+            loop {
+                self.look_at_volumes().await;
+                lockstep_store::Changes::next(&mut changes).await;
+            }
+        }
+    }
+
+    async fn look_at_volumes(self: &Arc<Self>) {
+        let volumes = match self.store.list::<MirrorVolume>().await {
+            Ok(listing) => {
+                for error in &listing.unreadable {
+                    warn!(%error, "an object is left alone");
+                }
+                listing.objects
+            }
+            Err(error) => return warn!(%error, "the volumes cannot be listed"),
+        };
+        for volume in volumes.into_iter().filter(|volume| volume.spec.node == self.name && task(volume).is_some()) {
+            let (id, uid) = names(&volume);
+            // Busy: its end is a change, or the slow relist comes.
+            let Ok(guard) = self.begin(&id) else { continue };
+            let node = Arc::clone(self);
+            let span = tracing::info_span!("volume", id, uid);
+            tokio::spawn(tracing::Instrument::instrument(
+                async move {
+                    let _guard = guard;
+                    if let Err(error) = node.do_task(&id).await {
+                        warn!(%error, "the volume is not as its object wants it; tried again");
+                    }
+                },
+                span,
+            ));
+        }
+    }
+
+    async fn do_task(self: &Arc<Self>, id: &str) -> Result<(), Error> {
+        // Under the guard it is read again: what was listed may be old.
+        let volume = self.volume(id).await?;
+        match task(&volume) {
+            None => Ok(()),
+            Some(Task::Claim) => self.claim(volume).await,
+            Some(Task::Allocate) => self.allocate(volume).await,
+            Some(Task::Extend) => self.extend(volume).await,
+            Some(Task::Delete) => self.delete(volume).await,
+        }
+    }
+
+    async fn claim(self: &Arc<Self>, mut volume: MirrorVolume) -> Result<(), Error> {
+        let (_, uid) = names(&volume);
+        let bytes = volume.spec.capacity_bytes;
+        if legs::volume_id(&uid).is_none() || bytes == 0 || !bytes.is_multiple_of(BLOCK_SIZE) || bytes / BLOCK_SIZE > format::MAX_BLOCKS {
+            return self.reject(&volume, format!("a volume cannot have {bytes} bytes")).await;
+        }
+        if self.disks.reserve(2, bytes + OVERHEAD, |_| false).is_none() {
+            let message = self.no_room(bytes);
+            return self.reject(&volume, message).await;
+        }
+        volume.metadata.finalizers.get_or_insert_default().push(FINALIZER.to_owned());
+        // From here on the controller does not withdraw it.
+        let volume = self.store.update(volume).await?;
+        info!(bytes, "claimed");
+        self.allocate(volume).await
+    }
+
+    /// Two disks and no more were found.
+    fn no_room(&self, bytes: u64) -> String {
+        let free =
+            self.disks.ready().iter().map(|disk| format!("{} has {} MiB", disk.label, self.disks.free(disk) >> 20)).collect::<Vec<_>>();
+        let disks = if free.is_empty() { "it has no disks that can be used".to_owned() } else { free.join(", ") };
+        format!("node {} has no two disks with {} MiB free on each: {disks}. Add a disk, or ask for less", self.name, bytes >> 20)
+    }
+
+    async fn reject(&self, volume: &MirrorVolume, message: String) -> Result<(), Error> {
+        let (id, uid) = names(volume);
+        info!(reason = "NoRoom", "{message}");
+        self.patch_status(&id, &uid, |status| {
+            status.phase = VolumePhase::Rejected;
+            status.reason = "NoRoom".into();
+            status.message = message.clone();
+            status.observed_uid = Some(uid.clone());
+            status.legs.clear();
+        })
+        .await?;
+        Ok(())
+    }
+
+    async fn allocate(self: &Arc<Self>, volume: MirrorVolume) -> Result<(), Error> {
+        let (id, uid) = names(&volume);
+        let found = self.find_legs(&uid).await?;
+        let placed = match self.already_made(&uid, &found).await? {
+            Some(legs) => legs,
+            None => {
+                let Some(reserved) = self.disks.reserve(2, volume.spec.capacity_bytes + OVERHEAD, |_| false) else {
+                    // The room is gone since it was claimed: nothing of the volume exists, and it is let go.
+                    let message = self.no_room(volume.spec.capacity_bytes);
+                    return self.let_go(volume, message).await;
+                };
+                let legs = reserved.iter().map(|disk| (disk, LegId(*uuid::Uuid::new_v4().as_bytes()))).collect::<Vec<_>>();
+                let placed: Vec<LegStatus> = legs.iter().map(|(disk, leg)| leg_status(disk.disk_name(), *leg)).collect();
+                // Where the legs will be is on record before a disk is touched.
+                self.patch_status(&id, &uid, |status| {
+                    status.observed_uid = Some(uid.clone());
+                    status.legs.clone_from(&placed);
+                })
+                .await?;
+                let ids = [legs[0].1, legs[1].1];
+                if let Err(error) = self.make_legs(&volume, &uid, &reserved, ids).await {
+                    let found = self.find_legs(&uid).await?;
+                    self.remove_legs(found).await?;
+                    if !error.is_no_space() {
+                        return Err(error);
+                    }
+                    return self.let_go(volume, error.to_string()).await;
+                }
+                placed
+            }
+        };
+        self.patch_status(&id, &uid, |status| {
+            status.phase = VolumePhase::Ready;
+            status.reason.clear();
+            status.message.clear();
+            status.observed_uid = Some(uid.clone());
+            status.capacity_bytes = volume.spec.capacity_bytes;
+            status.legs.clone_from(&placed);
+        })
+        .await?;
+        info!(disks = ?placed.iter().map(|leg| &leg.disk).collect::<Vec<_>>(), "allocated");
+        Ok(())
+    }
+
+    /// The legs of a volume that was allocated to the end, although its object does not say so. Those of a cut-off attempt are removed.
+    async fn already_made(&self, uid: &str, found: &[LegDir]) -> Result<Option<Vec<LegStatus>>, Error> {
+        let used = |leg: &LegDir| {
+            let meta = fs::read(leg.dir.join("meta")).ok();
+            meta.and_then(|meta| format::peek(&meta).ok()).map(|summary| summary.epoch.0)
+        };
+        let epochs: Vec<_> = found.iter().map(used).collect();
+        let witness = self.state.witness(uid).exists();
+        if found.len() == 2 && witness && epochs.iter().all(Option::is_some) {
+            return Ok(Some(found.iter().map(|leg| leg_status(&leg.disk, leg.leg)).collect()));
+        }
+        // A new leg has the first record; serving it writes a later one.
+        if let Some((leg, _)) = found.iter().zip(&epochs).find(|(_, epoch)| epoch.is_some_and(|epoch| epoch > 1)) {
+            return Err(Error::Precondition(format!(
+                "{} holds data of this volume, although its object says that it was never allocated: was an older copy of the objects restored? Move it away, or repair the object",
+                leg.dir.display()
+            )));
+        }
+        self.remove_legs(found.to_vec()).await?;
+        crate::state_dir::remove_record(&self.state.witness(uid))?;
+        Ok(None)
+    }
+
+    async fn make_legs(&self, volume: &MirrorVolume, uid: &str, disks: &[Reservation], ids: [LegId; 2]) -> Result<(), Error> {
+        let (volume, uid, witness) = (volume.clone(), uid.to_owned(), self.state.witness(uid));
+        let disks: Vec<_> = disks.iter().filter_map(Reservation::disk).collect();
+        blocking(&uid.clone(), move || {
+            let id = legs::volume_id(&uid).ok_or_else(|| Error::NoVolume(uid.clone()))?;
+            let bytes = volume.spec.capacity_bytes;
+            for (disk, leg) in disks.iter().zip(ids) {
+                let dir = legs::dir(disk, &uid, leg);
+                legs::prepare(&dir, &volume, &uid, leg)?;
+                create_leg(&dir, bytes, &format::new_leg(id, ids, leg, bytes / BLOCK_SIZE))?;
+            }
+            Ok(create_witness(&witness, &format::new_witness(id, ids, bytes / BLOCK_SIZE))?)
+        })
+        .await
+    }
+
+    /// A claimed volume that cannot be allocated: nothing of it exists here any more.
+    async fn let_go(&self, mut volume: MirrorVolume, message: String) -> Result<(), Error> {
+        let (_, uid) = names(&volume);
+        crate::state_dir::remove_record(&self.state.witness(&uid))?;
+        self.reject(&volume, message).await?;
+        volume = self.volume(&names(&volume).0).await?;
+        self.remove_finalizer(volume).await
+    }
+
+    async fn extend(self: &Arc<Self>, volume: MirrorVolume) -> Result<(), Error> {
+        let (id, uid) = names(&volume);
+        let status = volume.status.clone().unwrap_or_default();
+        let (from, to) = (status.capacity_bytes, volume.spec.capacity_bytes);
+        let found: Vec<LegDir> = self.find_legs(&uid).await?;
+        let found: Vec<LegDir> =
+            found.into_iter().filter(|found| status.legs.iter().any(|leg| leg.leg_id == found.leg.to_string())).collect();
+        if found.is_empty() {
+            return Err(Error::Precondition(format!("no leg of {id} is on a disk that can be used")));
+        }
+        let reserved: Option<Vec<_>> = found.iter().map(|leg| self.disks.reserve_on(&leg.disk, to - from)).collect();
+        let result = match &reserved {
+            None => Err(self.no_room(to - from)),
+            Some(_) => blocking(&id, move || found.iter().try_for_each(|leg| extend_leg(&leg.dir, to)).map_err(Error::from))
+                .await
+                .map_err(|error| error.to_string()),
+        };
+        match result {
+            Ok(()) => {
+                info!(from, to, "both legs are longer; the volume grows when its node is asked to");
+                self.patch_status(&id, &uid, |status| (status.capacity_bytes, status.refused_capacity_bytes) = (to, None)).await?;
+            }
+            Err(message) => {
+                warn!(%message, "there is no room to grow");
+                self.patch_status(&id, &uid, |status| {
+                    status.refused_capacity_bytes = Some(to);
+                    status.message.clone_from(&message);
+                })
+                .await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn delete(self: &Arc<Self>, volume: MirrorVolume) -> Result<(), Error> {
+        let (id, uid) = names(&volume);
+        if self.open_volume(&uid).is_some() || self.state.staged(&uid).exists() {
+            return Err(Error::Precondition(format!("{id} is staged: it is deleted when it is unstaged")));
+        }
+        let found = self.find_legs(&uid).await?;
+        let status = volume.status.clone().unwrap_or_default();
+        let missing: Vec<_> = status.legs.iter().filter(|leg| found.iter().all(|found| found.leg.to_string() != leg.leg_id)).collect();
+        if status.phase == VolumePhase::Ready && !missing.is_empty() {
+            warn!(disks = ?missing.iter().map(|leg| &leg.disk).collect::<Vec<_>>(), "a copy is on a disk that is not here: it is deleted when that comes back");
+            tombstone::write(&self.state, &uid)?;
+        }
+        self.remove_legs(found).await?;
+        crate::state_dir::remove_record(&self.state.witness(&uid))?;
+        self.remove_finalizer(volume).await?;
+        info!("deleted");
+        Ok(())
+    }
+
+    async fn remove_finalizer(&self, mut volume: MirrorVolume) -> Result<(), Error> {
+        if let Some(finalizers) = &mut volume.metadata.finalizers {
+            finalizers.retain(|name| name != FINALIZER);
+        }
+        self.store.update(volume).await?;
+        Ok(())
+    }
+
+    /// Every leg of the volume on a disk that can be used.
+    pub(crate) async fn find_legs(&self, uid: &str) -> Result<Vec<LegDir>, Error> {
+        let (disks, uid) = (Arc::clone(&self.disks), uid.to_owned());
+        blocking(&uid.clone(), move || Ok(legs::find(&disks, &uid))).await
+    }
+
+    /// Removes legs; the space is free for others when it returns.
+    pub(crate) async fn remove_legs(&self, found: Vec<LegDir>) -> Result<(), Error> {
+        let disks = Arc::clone(&self.disks);
+        blocking("its legs", move || {
+            for leg in found {
+                legs::remove(&leg.dir).map_err(Error::io(format!("removing {}", leg.dir.display())))?;
+                disks.refresh(&leg.disk);
+            }
+            Ok(())
+        })
+        .await
+    }
+}
+
+/// A leg that is current.
+fn leg_status(disk: &str, leg: LegId) -> LegStatus {
+    LegStatus { disk: disk.to_owned(), leg_id: leg.to_string(), state: LegState::In, progress_percent: None, last_error: None }
+}
+
+/// The volume's id for the datapath.
+pub(crate) fn datapath_id(uid: &str) -> Result<VolumeId, Error> {
+    legs::volume_id(uid).ok_or_else(|| Error::NoVolume(uid.to_owned()))
+}

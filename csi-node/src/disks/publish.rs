@@ -1,0 +1,122 @@
+//! `LocalDisk` objects follow what the node found.
+
+use std::collections::BTreeMap;
+
+use lockstep_proto::objects::{DiskPhase, LocalDisk, LocalDiskSpec, LocalDiskStatus};
+use lockstep_store::{Error, Store};
+use sha2::{Digest, Sha256};
+
+use super::Disks;
+
+impl Disks {
+    /// What the objects should say, by name. Disks that are ours are named by their file system; what is refused has none, and is named
+    /// by its node and place.
+    fn wanted(&self, node: &str) -> BTreeMap<String, LocalDiskStatus> {
+        let ours = self.all().into_iter().map(|disk| {
+            let status = LocalDiskStatus {
+                identity: Some(disk.identity),
+                capacity_bytes: disk.capacity,
+                allocated_bytes: disk.allocated,
+                phase: disk.phase,
+                message: disk.message,
+                conditions: Vec::new(),
+            };
+            (disk.name, status)
+        });
+        let refused = self.refused().into_iter().map(|refused| {
+            let hash = Sha256::digest(format!("{node}\n{}", refused.path.display()));
+            let name = hash.iter().take(8).fold("refused-".to_owned(), |name, byte| format!("{name}{byte:02x}"));
+            let status = LocalDiskStatus {
+                identity: Some(refused.identity),
+                phase: DiskPhase::Refused,
+                message: format!("{}: {}", refused.path.display(), refused.message),
+                ..LocalDiskStatus::default()
+            };
+            (name, status)
+        });
+        ours.chain(refused).collect()
+    }
+
+    /// Makes the node's objects say what was found: what is new is created, what changed is written, what is no disk of ours and not
+    /// there any more is deleted; what is ours and missing is said to be missing.
+    ///
+    /// # Errors
+    /// The store's. Called again, it goes on.
+    pub async fn publish<S: Store>(&self, store: &S, node: &str) -> Result<(), Error> {
+        let mut wanted = self.wanted(node);
+        for object in store.list::<LocalDisk>().await?.objects {
+            let name = object.metadata.name.clone().unwrap_or_default();
+            match wanted.remove(&name) {
+                Some(status) => write(store, object, node, status).await?,
+                None if object.spec.node != node => {}
+                None if object.status.as_ref().is_none_or(|status| matches!(status.phase, DiskPhase::Refused | DiskPhase::Pending)) => {
+                    ignore_race(store.delete(&name, Some(&object)).await)?;
+                }
+                None => {
+                    let mut status = object.status.clone().unwrap_or_default();
+                    status.phase = DiskPhase::Failed;
+                    status.message = "it is not in this node, or not selected any more: plug it in again, or replace it".into();
+                    write(store, object, node, status).await?;
+                }
+            }
+        }
+        for (name, status) in wanted {
+            let created = store.create(LocalDisk::new(&name, LocalDiskSpec { node: node.to_owned() })).await?;
+            write(store, created, node, status).await?;
+        }
+        Ok(())
+    }
+}
+
+async fn write<S: Store>(store: &S, mut object: LocalDisk, node: &str, status: LocalDiskStatus) -> Result<(), Error> {
+    // A disk that was moved here from another node.
+    if object.spec.node != node {
+        object.spec.node = node.to_owned();
+        object = store.update(object).await?;
+    }
+    if object.status.as_ref() != Some(&status) {
+        object.status = Some(status);
+        ignore_race(store.update_status(object).await.map(drop))?;
+    }
+    Ok(())
+}
+
+/// Somebody else wrote it: the next round looks again.
+fn ignore_race(result: Result<(), Error>) -> Result<(), Error> {
+    match result {
+        Err(Error::Conflict { .. } | Error::NotFound { .. }) => Ok(()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{path::PathBuf, sync::Arc};
+
+    use super::*;
+    use crate::{disks::Refused, state_dir::StateDir};
+
+    #[tokio::test]
+    async fn objects_come_change_and_go_with_what_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = lockstep_store::Directory::open(dir.path().join("objects")).unwrap();
+        let disks = Disks::new(Arc::new(StateDir::open(dir.path()).unwrap()), Vec::new());
+        let refuse = |message: &str| {
+            let path = PathBuf::from("/dev/sdx");
+            let refused = Refused { path: path.clone(), identity: Default::default(), message: message.into() };
+            disks.refused.write().unwrap().insert(path, refused);
+        };
+        refuse("it has ext4");
+        disks.publish(&store, "n1").await.unwrap();
+        refuse("it has xfs");
+        disks.publish(&store, "n1").await.unwrap();
+        let [object] = &store.list::<LocalDisk>().await.unwrap().objects[..] else { panic!("one object") };
+        let status = object.status.as_ref().unwrap();
+        assert_eq!((status.phase, status.message.as_str()), (DiskPhase::Refused, "/dev/sdx: it has xfs"));
+        disks.refused.write().unwrap().clear();
+        disks.publish(&store, "n2").await.unwrap();
+        assert_eq!(store.list::<LocalDisk>().await.unwrap().objects.len(), 1, "another node's is left alone");
+        disks.publish(&store, "n1").await.unwrap();
+        assert!(store.list::<LocalDisk>().await.unwrap().objects.is_empty());
+    }
+}

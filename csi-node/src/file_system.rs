@@ -1,0 +1,134 @@
+//! The file system on a volume: made once, on record; never made again over what may be data.
+//!
+//! ```text
+//! never formatted --> formatting --mkfs--> formatted(UUID) --> fsck, mount, grow
+//!   must be blank       wiped first          must be there with that UUID, or DATA_LOSS
+//! ```
+
+use std::path::Path;
+
+use lockstep_proto::objects::{FormatState, FormatStatus, FsType};
+use tracing::info;
+
+use crate::{error::Error, tool};
+
+/// The name that mkfs and mount know it by.
+pub fn name(fs_type: FsType) -> &'static str {
+    match fs_type {
+        FsType::Ext4 => "ext4",
+        FsType::Xfs => "xfs",
+    }
+}
+
+/// What is on a device: type and UUID. `None`: no signature at all. Blocks.
+fn signature(device: &Path) -> Result<Option<(String, String)>, Error> {
+    let args = [Path::new("-p"), Path::new("-o"), Path::new("export"), device];
+    let said = match tool::run("blkid", args) {
+        Ok(said) => said,
+        Err(error) if error.code() == Some(2) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let value = |key: &str| said.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).unwrap_or("unknown").to_owned();
+    Ok(Some((value("TYPE"), value("UUID"))))
+}
+
+/// Whether the device is as its record says. `Ok(true)`: it is to be formatted. Blocks.
+///
+/// # Errors
+/// `Error::DataLoss` if what is there is not what was put there, or nothing is.
+pub fn must_format(device: &Path, fs_type: FsType, record: &FormatStatus) -> Result<bool, Error> {
+    let found = signature(device)?;
+    match (record.state, found) {
+        (FormatState::Never, None) | (FormatState::Formatting, _) => Ok(true),
+        (FormatState::Never, Some((kind, uuid))) => Err(Error::DataLoss(format!(
+            "the volume was never formatted, says its object, but it has {kind} ({uuid}): it is left alone. If that is its data, set status.format of the object to it"
+        ))),
+        (FormatState::Formatted, Some((kind, uuid))) if kind == name(fs_type) && Some(&uuid) == record.fs_uuid.as_ref() => Ok(false),
+        (FormatState::Formatted, found) => {
+            let found = found.map_or("nothing".to_owned(), |(kind, uuid)| format!("{kind} ({uuid})"));
+            let expected = format!("{} ({})", name(fs_type), record.fs_uuid.as_deref().unwrap_or("unknown"));
+            Err(Error::DataLoss(format!("the volume should have {expected}, but it has {found}: it is neither mounted nor formatted")))
+        }
+    }
+}
+
+/// Formats it. With `again` a mkfs was cut off before: what it left is wiped, and the device is not taken for zeroes. Blocks.
+///
+/// # Errors
+/// `Error::Tool`.
+pub fn format(device: &Path, fs_type: FsType, uuid: &str, again: bool) -> Result<(), Error> {
+    if again {
+        tool::run("wipefs", [Path::new("--all"), Path::new("--quiet"), device])?;
+    }
+    info!(device = %device.display(), kind = name(fs_type), uuid, "formatting the volume");
+    let xfs_uuid = format!("uuid={uuid}");
+    // A new volume reads as zeroes: nothing is to be discarded, and ext4 need not write zeroes later.
+    let (program, args): (_, Vec<&str>) = match fs_type {
+        FsType::Ext4 if again => {
+            ("mkfs.ext4", vec!["-q", "-F", "-m", "0", "-U", uuid, "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"])
+        }
+        FsType::Ext4 => ("mkfs.ext4", vec!["-q", "-F", "-m", "0", "-U", uuid, "-E", "nodiscard,assume_storage_prezeroed=1"]),
+        FsType::Xfs => ("mkfs.xfs", vec!["-q", "-f", "-K", "-m", &xfs_uuid]),
+    };
+    tool::run(program, args.into_iter().map(Path::new).chain([device]))?;
+    Ok(())
+}
+
+/// Repairs what can be repaired without a question, and gives the file system the whole device. Blocks.
+///
+/// # Errors
+/// `Error::Tool` if it needs a person.
+pub fn prepare(device: &Path, fs_type: FsType, bytes: u64) -> Result<(), Error> {
+    // XFS replays its log at mount, and grows mounted.
+    if fs_type == FsType::Xfs {
+        return Ok(());
+    }
+    check(device, &["-p"])?;
+    if ext4_bytes(device)? < bytes {
+        check(device, &["-f", "-p"])?;
+        info!(device = %device.display(), bytes, "growing ext4");
+        tool::run("resize2fs", [device])?;
+    }
+    Ok(())
+}
+
+fn check(device: &Path, options: &[&str]) -> Result<(), Error> {
+    match tool::run("e2fsck", options.iter().map(Path::new).chain([device])) {
+        // It repaired something.
+        Err(error) if error.code() == Some(1) => Ok(()),
+        checked => Ok(checked.map(drop)?),
+    }
+}
+
+fn ext4_bytes(device: &Path) -> Result<u64, Error> {
+    let said = tool::run("dumpe2fs", [Path::new("-h"), device])?;
+    let value = |key: &str| said.lines().find_map(|line| line.strip_prefix(key)).and_then(|value| value.trim().parse::<u64>().ok());
+    // A size that cannot be read is the whole device: nothing is grown then.
+    Ok(value("Block count:").zip(value("Block size:")).map_or(u64::MAX, |(count, size)| (count + 1) * size))
+}
+
+/// Gives a mounted file system the whole device. Nothing to grow: nothing done. Blocks.
+///
+/// # Errors
+/// `Error::Tool`.
+pub fn grow_mounted(device: &Path, mounted: &Path, fs_type: FsType) -> Result<(), Error> {
+    match fs_type {
+        FsType::Ext4 => tool::run("resize2fs", [device])?,
+        FsType::Xfs => tool::run("xfs_growfs", [Path::new("-d"), mounted])?,
+    };
+    Ok(())
+}
+
+/// Mounts it. `flags` are the mount options of the capability, each as it is. Blocks.
+///
+/// # Errors
+/// `Error::Tool`.
+pub fn mount(device: &Path, point: &Path, fs_type: FsType, flags: &[String]) -> Result<(), Error> {
+    let options = flags.join(",");
+    let mut args = vec!["-t", name(fs_type)];
+    if !options.is_empty() {
+        args.extend(["-o", &options]);
+    }
+    tool::run("mount", args.into_iter().map(Path::new).chain([device, point]))?;
+    Ok(())
+}

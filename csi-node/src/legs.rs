@@ -1,0 +1,148 @@
+//! Leg directories: `<disk>/volumes/<volume-uid>.<leg-uuid>/{data,meta,volume.yaml}`.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use lockstep_datapath::core::{
+    format::META_LEN,
+    units::{LegId, VolumeId},
+};
+use lockstep_proto::objects::MirrorVolume;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    disks::{Disk, Disks},
+    state_dir::{self, StateError},
+};
+
+/// What a leg takes of a disk beside its data: `meta`, `volume.yaml`, a directory.
+pub const OVERHEAD: u64 = META_LEN + (64 << 10);
+/// Kept free on every disk, for XFS itself.
+const SLACK_MIN: u64 = 64 << 20;
+
+/// A leg that is on a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LegDir {
+    /// The disk's name.
+    pub disk: String,
+    /// Its id.
+    pub leg: LegId,
+    /// Its directory.
+    pub dir: PathBuf,
+}
+
+/// Beside the data, for a person or a program that finds the leg alone.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct VolumeFile {
+    driver: String,
+    volume: String,
+    uid: String,
+    leg_id: String,
+    spec: lockstep_proto::objects::MirrorVolumeSpec,
+}
+
+/// A UUID's 128 bits, from its text.
+pub fn parse_id(text: &str) -> Option<[u8; 16]> {
+    uuid::Uuid::parse_str(text).ok().map(|uuid| *uuid.as_bytes())
+}
+
+/// The volume's id, from the UID of its object.
+pub fn volume_id(uid: &str) -> Option<VolumeId> {
+    parse_id(uid).map(VolumeId)
+}
+
+fn volumes(mount: &Path) -> PathBuf {
+    mount.join("volumes")
+}
+
+/// Where a leg is to be.
+pub fn dir(disk: &Disk, uid: &str, leg: LegId) -> PathBuf {
+    volumes(&disk.mount).join(format!("{uid}.{leg}"))
+}
+
+/// Every leg of the volume on a disk that can be used. Blocks.
+pub fn find(disks: &Disks, uid: &str) -> Vec<LegDir> {
+    let mut found = Vec::new();
+    for disk in disks.ready() {
+        let Ok(entries) = fs::read_dir(volumes(&disk.mount)) else { continue };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let leg = name.to_str().and_then(|name| name.strip_prefix(uid)?.strip_prefix('.').and_then(parse_id));
+            if let Some(leg) = leg {
+                found.push(LegDir { disk: disk.name.clone(), leg: LegId(leg), dir: entry.path() });
+            }
+        }
+    }
+    found
+}
+
+/// Makes the leg's directory with `volume.yaml`. `data` and `meta` are the datapath's. What a cut-off attempt left there is removed: the
+/// caller knows that the leg was never used. Blocks.
+///
+/// # Errors
+/// `StateError::Io`.
+pub fn prepare(dir: &Path, volume: &MirrorVolume, uid: &str, leg: LegId) -> Result<(), StateError> {
+    let failed = |source| StateError::Io { path: dir.to_owned(), source };
+    remove(dir).map_err(failed)?;
+    fs::create_dir(dir).map_err(failed)?;
+    let file = VolumeFile {
+        driver: lockstep_proto::DRIVER_NAME.into(),
+        volume: volume.metadata.name.clone().unwrap_or_default(),
+        uid: uid.to_owned(),
+        leg_id: leg.to_string(),
+        spec: volume.spec.clone(),
+    };
+    state_dir::write_record(&dir.join("volume.yaml"), &file)
+}
+
+/// Removes a leg. `meta` goes first, so that half of a leg is never taken for a whole one. Not there: nothing done. Blocks.
+///
+/// # Errors
+/// What the system says.
+pub fn remove(dir: &Path) -> io::Result<()> {
+    let absent = |error: io::Error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) };
+    fs::remove_file(dir.join("meta")).or_else(absent)?;
+    fs::remove_dir_all(dir).or_else(absent)?;
+    let parent = dir.parent().unwrap_or(Path::new("/"));
+    fs::File::open(parent).and_then(|parent| parent.sync_all())
+}
+
+/// Bytes that legs can have on this disk, and bytes that they have. Blocks.
+///
+/// # Errors
+/// What the system says.
+pub fn space(mount: &Path) -> io::Result<(u64, u64)> {
+    let mut allocated = 0;
+    for entry in fs::read_dir(volumes(mount))? {
+        let entry = entry?;
+        allocated += fs::metadata(entry.path().join("data")).map_or(0, |data| data.len()) + OVERHEAD;
+    }
+    let stat = rustix::fs::statvfs(mount)?;
+    let (free, total) = (stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize);
+    let slack = SLACK_MIN.max(total / 50);
+    Ok(((free + allocated).saturating_sub(slack), allocated))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_leg_that_was_cut_off_is_made_again_and_removed_twice() {
+        let root = tempfile::tempdir().unwrap();
+        let spec = serde_json::from_str(r#"{"csiName":"v","capacityBytes":1,"node":"n","volumeMode":"Block"}"#).unwrap();
+        let (volume, leg) = (MirrorVolume::new("v", spec), LegId([7; 16]));
+        let dir = root.path().join("u.l");
+        prepare(&dir, &volume, "u", leg).unwrap();
+        fs::write(dir.join("data"), "half").unwrap();
+        prepare(&dir, &volume, "u", leg).unwrap();
+        assert!(!dir.join("data").exists());
+        let file: VolumeFile = state_dir::read_record(&dir.join("volume.yaml")).unwrap().unwrap();
+        assert_eq!((file.uid.as_str(), file.leg_id), ("u", leg.to_string()));
+        remove(&dir).unwrap();
+        remove(&dir).unwrap();
+    }
+}

@@ -1,0 +1,244 @@
+//! Open mirrors and who looks after them: one task for each, until it is closed.
+//!
+//! ```text
+//! datapath: status, notices --+                    +--> rebuild: which leg comes back, where (rebuild.rs)
+//! disks: found, failed -------+--> the task -------+
+//!                                                  +--> report: status, conditions, what a person should know (report.rs)
+//! ```
+//! The mirror never waits for any of this.
+
+mod rebuild;
+mod report;
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use lockstep_datapath::{
+    LegPath, Volume, VolumeSpec,
+    core::{
+        io::Notice,
+        units::{BLOCK_SIZE, Epoch, LegId, Slot},
+    },
+    remove_leftovers,
+};
+use lockstep_proto::objects::MirrorVolume;
+use lockstep_store::Store;
+use tokio::sync::{broadcast::error::RecvError, watch};
+use tracing::{Instrument, info, warn};
+
+use crate::{
+    allocate::datapath_id,
+    error::Error,
+    legs::{self, LegDir},
+    node::{Node, blocking, names},
+};
+
+/// The operator insists on this leg where assembly would be refused; removed when it was obeyed.
+pub const FORCE_ANNOTATION: &str = "lockstep.io/force-leg";
+/// Changes that come in a burst are answered together.
+const PACE: Duration = Duration::from_millis(200);
+/// Without any change, it is looked again after this.
+const LOOK_AGAIN: Duration = Duration::from_secs(10);
+/// How long the kernel may take to let go of a device.
+const LET_GO: Duration = Duration::from_secs(10);
+
+/// An open mirror.
+#[derive(Debug)]
+pub struct OpenVolume {
+    /// The volume's id: the name of its object.
+    pub id: String,
+    /// The UID of its object.
+    pub uid: String,
+    /// The mirror.
+    pub volume: Volume,
+    /// Which disk a leg is on.
+    disks: Mutex<BTreeMap<LegId, String>>,
+    /// What a leg failed with.
+    errors: Mutex<BTreeMap<LegId, String>>,
+    closing: watch::Sender<bool>,
+}
+
+impl OpenVolume {
+    /// The size of its device.
+    pub fn bytes(&self) -> u64 {
+        self.volume.status().borrow().blocks * BLOCK_SIZE
+    }
+
+    fn disk_of(&self, leg: LegId) -> Option<String> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner).get(&leg).cloned()
+    }
+
+    fn place(&self, leg: LegId, disk: &str) {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner).insert(leg, disk.to_owned());
+    }
+
+    fn leg_failed(&self, leg: LegId, error: String) {
+        self.errors.lock().unwrap_or_else(PoisonError::into_inner).insert(leg, error);
+    }
+
+    fn error_of(&self, leg: LegId) -> Option<String> {
+        self.errors.lock().unwrap_or_else(PoisonError::into_inner).get(&leg).cloned()
+    }
+}
+
+fn leg_paths(found: &[LegDir]) -> Vec<LegPath> {
+    found.iter().map(|leg| LegPath { dir: leg.dir.clone() }).collect()
+}
+
+impl<S: Store> Node<S> {
+    /// Assembles a volume's mirror from what is on the disks, makes its device, and looks after it from then on.
+    ///
+    /// # Errors
+    /// The datapath's: refusals among them.
+    pub(crate) async fn open_mirror(self: &Arc<Self>, object: &MirrorVolume) -> Result<Arc<OpenVolume>, Error> {
+        let (id, uid) = names(object);
+        let found = self.find_legs(&uid).await?;
+        let force = object.metadata.annotations.as_ref().and_then(|annotations| annotations.get(FORCE_ANNOTATION));
+        let force = match force {
+            Some(leg) => Some(legs::parse_id(leg).map(LegId).ok_or_else(|| {
+                Error::InvalidArgument(format!("annotation {FORCE_ANNOTATION}: {leg:?} is not a leg's id: see status.legs of {id}"))
+            })?),
+            None => None,
+        };
+        let spec = VolumeSpec {
+            volume: datapath_id(&uid)?,
+            legs: leg_paths(&found),
+            witness: self.state.witness(&uid),
+            seen_epoch: object.status.as_ref().map(|status| Epoch(status.epoch)),
+            force,
+            run_dir: self.state.run(),
+        };
+        let volume = self.datapath.open(spec).await?;
+        info!(device = %volume.device().display(), legs = found.len(), "assembled");
+        if force.is_some() {
+            warn!(?force, "the operator forced a leg: what only the other one had is given up");
+            self.forget_force(object.clone()).await?;
+        }
+        let on_disk = object.status.iter().flat_map(|status| &status.legs);
+        let mut disks: BTreeMap<LegId, String> =
+            on_disk.filter_map(|leg| Some((LegId(legs::parse_id(&leg.leg_id)?), leg.disk.clone()))).collect();
+        disks.extend(found.into_iter().map(|leg| (leg.leg, leg.disk)));
+        let open = Arc::new(OpenVolume {
+            id,
+            uid: uid.clone(),
+            volume,
+            disks: Mutex::new(disks),
+            errors: Mutex::default(),
+            closing: watch::Sender::new(false),
+        });
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).insert(uid, Arc::clone(&open));
+        let span = tracing::info_span!("mirror", id = open.id);
+        tokio::spawn(Arc::clone(self).look_after(Arc::clone(&open)).instrument(span));
+        Ok(open)
+    }
+
+    async fn forget_force(&self, mut object: MirrorVolume) -> Result<(), Error> {
+        if let Some(annotations) = &mut object.metadata.annotations {
+            annotations.remove(FORCE_ANNOTATION);
+        }
+        self.store.update(object).await?;
+        Ok(())
+    }
+
+    /// Stops a mirror cleanly and lets go of its legs. Its device's users must be gone; it can be called again after an error.
+    ///
+    /// # Errors
+    /// The datapath's.
+    pub(crate) async fn close_mirror(&self, open: &OpenVolume) -> Result<(), Error> {
+        let device = open.volume.device().to_owned();
+        open.volume.close().await?;
+        open.closing.send_replace(true);
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&open.uid);
+        self.report_closed(open).await;
+        blocking(&open.id, move || {
+            wait_until_released(&device);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Removes the device of a mirror whose csi-node died.
+    pub(crate) async fn remove_dead_mirror(&self, uid: &str, device: PathBuf) -> Result<(), Error> {
+        let (run, uid) = (self.state.run(), uid.to_owned());
+        blocking(&uid.clone(), move || {
+            remove_leftovers(&run, &uid)?;
+            wait_until_released(&device);
+            Ok(())
+        })
+        .await
+    }
+
+    async fn look_after(self: Arc<Self>, open: Arc<OpenVolume>) {
+        let (mut status, mut notices) = (open.volume.status(), open.volume.notices());
+        let mut disks = self.disks.changes();
+        let mut closing = open.closing.subscribe();
+        let mut health = None;
+        let mut patience = rebuild::Patience::default();
+        loop {
+            if *closing.borrow() {
+                return;
+            }
+            let snapshot = *status.borrow_and_update();
+            let legs_changed = self.fill_legs(&open, &snapshot, &mut patience).await;
+            if let Err(error) = self.report(&open, &snapshot, &mut health).await {
+                warn!(%error, "the volume's object does not say what is; tried again");
+            }
+            if legs_changed {
+                continue;
+            }
+            tokio::select! {
+                changed = status.changed() => if changed.is_err() { return },
+                changed = disks.changed() => if changed.is_err() { return },
+                notice = notices.recv() => match notice {
+                    Ok(notice) => self.noticed(&open, &notice),
+                    Err(RecvError::Lagged(missed)) => warn!(missed, "notices were missed: the status has what counts"),
+                    Err(RecvError::Closed) => return,
+                },
+                _ = closing.changed() => return,
+                () = tokio::time::sleep(LOOK_AGAIN) => {}
+            }
+            while let Ok(notice) = notices.try_recv() {
+                self.noticed(&open, &notice);
+            }
+            tokio::time::sleep(PACE).await;
+        }
+    }
+
+    fn noticed(&self, open: &OpenVolume, notice: &Notice) {
+        let leg = |slot: Slot| open.volume.status().borrow().legs[slot.index()].id;
+        match notice {
+            Notice::LegFailed { slot, error } => {
+                let leg = leg(*slot);
+                open.leg_failed(leg, error.to_string());
+                if let Some(disk) = open.disk_of(leg) {
+                    self.disks.fail(&disk, &format!("a copy of volume {} on it got {error}", open.id));
+                }
+            }
+            Notice::Unreadable { range } => {
+                warn!(
+                    reason = "BlocksUnreadable",
+                    ?range,
+                    "no copy of these blocks can be read: their readers get an error until they are written again"
+                );
+            }
+            Notice::RebuildBlocked { range, .. } => {
+                warn!(reason = "RebuildBlocked", ?range, "the only good copy cannot be read here: the rebuild cannot be finished");
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A file system that was unmounted lazily may hold its device a little longer.
+fn wait_until_released(device: &std::path::Path) {
+    let name = device.file_name().unwrap_or_default();
+    let held = || ["ext4", "xfs"].iter().any(|kind| std::path::Path::new("/sys/fs").join(kind).join(name).exists());
+    let deadline = std::time::Instant::now() + LET_GO;
+    while held() && std::time::Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

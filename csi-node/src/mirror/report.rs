@@ -1,0 +1,199 @@
+//! What a volume's object says of its mirror, and what a person should know.
+
+use k8s_openapi::{
+    apimachinery::pkg::apis::meta::v1::{Condition, Time},
+    jiff::Timestamp,
+};
+use lockstep_datapath::core::{
+    status::{self, LegState, Status, Sync},
+    units::LegId,
+};
+use lockstep_proto::objects::{self, LegStatus};
+use lockstep_store::Store;
+use tracing::{info, warn};
+
+use super::OpenVolume;
+use crate::{error::Error, node::Node};
+
+/// How a mirror is, in one word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Health {
+    Healthy,
+    Resyncing,
+    Rebuilding,
+    Degraded,
+    /// It takes no more writes.
+    Failed,
+}
+
+fn health(status: &Status) -> Health {
+    let all = |wanted: LegState| status.legs.iter().all(|leg| leg.state == wanted);
+    match status.sync {
+        _ if status.read_only => Health::Failed,
+        Sync::Rebuild(_) => Health::Rebuilding,
+        Sync::Resync => Health::Resyncing,
+        Sync::Idle if all(LegState::In) => Health::Healthy,
+        Sync::Idle => Health::Degraded,
+    }
+}
+
+fn percent(status: &Status) -> Option<u8> {
+    let percent = (u128::from(status.sync_done) * 100).checked_div(u128::from(status.sync_total))?;
+    u8::try_from(percent.min(100)).ok()
+}
+
+/// Sets one condition; its time is when its status changed.
+fn set(conditions: &mut Vec<Condition>, kind: &str, status: bool, reason: &str, message: String) {
+    let status = if status { "True" } else { "False" };
+    let old = conditions.iter_mut().find(|condition| condition.type_ == kind);
+    let now = || Time(Timestamp::now());
+    match old {
+        Some(old) => {
+            if old.status != status {
+                old.last_transition_time = now();
+            }
+            (old.status, old.reason, old.message) = (status.into(), reason.into(), message);
+        }
+        None => conditions.push(Condition {
+            type_: kind.into(),
+            status: status.into(),
+            reason: reason.into(),
+            message,
+            last_transition_time: now(),
+            observed_generation: None,
+        }),
+    }
+}
+
+fn set_conditions(conditions: &mut Vec<Condition>, health: Health, progress: Option<u8>, lost: &str) {
+    let percent = progress.map_or(String::new(), |percent| format!("{percent} % are done. "));
+    let (ready, degraded, rebuilding) = match health {
+        Health::Healthy => ((true, "Healthy", ""), (false, "BothCopies"), (false, "BothCopies")),
+        // Both copies have everything that was acknowledged and flushed; a second failure now would not lose it.
+        Health::Resyncing => {
+            ((true, "Resyncing", "after an unclean stop the copies are being made equal. "), (false, "BothCopies"), (true, "Resync"))
+        }
+        Health::Rebuilding => ((true, "Rebuilding", "served from one copy. "), (true, "Rebuilding"), (true, "Rebuild")),
+        Health::Degraded => ((true, "Degraded", "served from one copy. "), (true, "CopyLost"), (false, "NoDisk")),
+        Health::Failed => (
+            (false, "ReadOnly", "no copy takes writes any more: unstage the volume, replace the disks. "),
+            (true, "CopyLost"),
+            (false, "ReadOnly"),
+        ),
+    };
+    set(conditions, "Ready", ready.0, ready.1, format!("{}{percent}", ready.2).trim_end().to_owned());
+    set(conditions, "Degraded", degraded.0, degraded.1, if degraded.0 { lost.to_owned() } else { String::new() });
+    set(conditions, "Rebuilding", rebuilding.0, rebuilding.1, if rebuilding.0 { percent.trim_end().to_owned() } else { String::new() });
+}
+
+impl<S: Store> Node<S> {
+    fn leg_statuses(&self, open: &OpenVolume, status: &Status, before: &[LegStatus]) -> Vec<LegStatus> {
+        let leg = |leg: &status::LegStatus| {
+            let id = leg.id.to_string();
+            let known = before.iter().find(|before| before.leg_id == id);
+            let state = match leg.state {
+                LegState::In => objects::LegState::In,
+                LegState::Out => objects::LegState::Out,
+                LegState::Recovering => objects::LegState::Recovering,
+            };
+            LegStatus {
+                disk: open.disk_of(leg.id).or_else(|| known.map(|known| known.disk.clone())).unwrap_or_default(),
+                leg_id: id,
+                state,
+                progress_percent: if leg.state == LegState::Recovering { percent(status) } else { None },
+                last_error: if leg.state == LegState::In { None } else { open.error_of(leg.id) },
+            }
+        };
+        status.legs.iter().map(leg).collect()
+    }
+
+    /// Which copy is lost, since when is the condition's time, and what happens next.
+    fn lost(&self, open: &OpenVolume, status: &Status) -> String {
+        let name = |leg: LegId| {
+            let disk = open.disk_of(leg).unwrap_or_default();
+            self.disks.get(&disk).map_or(disk, |disk| disk.label)
+        };
+        let lost = status.legs.iter().find(|leg| leg.state != LegState::In);
+        let Some(leg) = lost else { return String::new() };
+        let error = open.error_of(leg.id).map_or(String::new(), |error| format!(" ({error})"));
+        match leg.state {
+            LegState::Recovering => format!("the copy on {} is being filled from the other one", name(leg.id)),
+            _ => format!(
+                "the copy on {} is lost{error}: it is made again by itself on another disk of the node with room; if there is none, add a disk",
+                name(leg.id)
+            ),
+        }
+    }
+
+    /// Writes what changed into the volume's object, and says once what a person should know.
+    pub(super) async fn report(&self, open: &OpenVolume, status: &Status, before: &mut Option<Health>) -> Result<(), Error> {
+        if !status.ready {
+            return Ok(());
+        }
+        let (health, lost) = (health(status), self.lost(open, status));
+        if before.replace(health) != Some(health) {
+            match health {
+                Health::Healthy => info!(reason = "MirrorHealthy", "both copies are current"),
+                Health::Resyncing => info!(reason = "ResyncStarted", regions = status.dirty_regions, "the copies are being made equal"),
+                Health::Rebuilding => info!(reason = "MirrorRebuilding", "{lost}"),
+                Health::Degraded => warn!(reason = "MirrorDegraded", "{lost}"),
+                Health::Failed => warn!(reason = "MirrorFailed", "no copy takes writes any more"),
+            }
+        }
+        let device = open.volume.device().display().to_string();
+        self.patch_status(&open.id, &open.uid, |object| {
+            if *open.closing.borrow() {
+                // What is written at its end is the last word.
+                return;
+            }
+            object.epoch = status.epoch.0;
+            object.device = Some(device.clone());
+            object.legs = self.leg_statuses(open, status, &object.legs);
+            set_conditions(&mut object.conditions, health, percent(status), &lost);
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// After a clean stop.
+    pub(super) async fn report_closed(&self, open: &OpenVolume) {
+        let status = *open.volume.status().borrow();
+        let (health, lost) = (health(&status), self.lost(open, &status));
+        let written = self.patch_status(&open.id, &open.uid, |object| {
+            object.epoch = status.epoch.0;
+            object.device = None;
+            object.legs = self.leg_statuses(open, &status, &object.legs);
+            set_conditions(&mut object.conditions, health, None, &lost);
+        });
+        if let Err(error) = written.await {
+            warn!(%error, "the volume's object still says that it is staged");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn condition(conditions: &[Condition], kind: &str) -> (String, String, String) {
+        let found = conditions.iter().find(|condition| condition.type_ == kind).unwrap();
+        (found.status.clone(), found.reason.clone(), found.message.clone())
+    }
+
+    #[test]
+    fn a_condition_keeps_its_time_until_its_status_changes() {
+        let mut conditions = Vec::new();
+        set_conditions(&mut conditions, Health::Degraded, None, "the copy on sdx is lost");
+        let since = conditions.iter().find(|condition| condition.type_ == "Degraded").unwrap().last_transition_time.clone();
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        set_conditions(&mut conditions, Health::Rebuilding, Some(40), "the copy on sdy is being filled");
+        let degraded = conditions.iter().find(|condition| condition.type_ == "Degraded").unwrap();
+        assert_eq!(degraded.last_transition_time, since);
+        assert_eq!(condition(&conditions, "Degraded").2, "the copy on sdy is being filled");
+        assert!(condition(&conditions, "Rebuilding").2.contains("40 %"));
+        set_conditions(&mut conditions, Health::Healthy, None, "");
+        assert_eq!(condition(&conditions, "Degraded").0, "False");
+        assert_eq!(condition(&conditions, "Ready"), ("True".into(), "Healthy".into(), String::new()));
+        assert_ne!(conditions.iter().find(|condition| condition.type_ == "Degraded").unwrap().last_transition_time, since);
+    }
+}

@@ -1,0 +1,147 @@
+//! What all parts of the plugin share.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use lockstep_datapath::Datapath;
+use lockstep_proto::objects::{MirrorVolume, MirrorVolumeStatus};
+use lockstep_store::Store;
+
+use crate::{disks::Disks, error::Error, mirror::OpenVolume, state_dir::StateDir};
+
+/// The node plugin.
+#[derive(Debug)]
+pub struct Node<S> {
+    /// The node's name: the value of the topology key.
+    pub name: String,
+    /// Where the objects are.
+    pub store: S,
+    /// What is kept off the mirrored disks.
+    pub state: Arc<StateDir>,
+    /// The disks.
+    pub disks: Arc<Disks>,
+    /// The threads that serve volumes.
+    pub datapath: Datapath,
+    /// Open volumes, by the UID of their object.
+    pub(crate) open: Mutex<BTreeMap<String, Arc<OpenVolume>>>,
+    busy: Mutex<HashSet<String>>,
+}
+
+/// One operation at a time on a volume.
+#[derive(Debug)]
+pub struct Guard<S> {
+    node: Arc<Node<S>>,
+    volume: String,
+}
+
+impl<S> Drop for Guard<S> {
+    fn drop(&mut self) {
+        self.node.busy.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.volume);
+    }
+}
+
+impl<S: Store> Node<S> {
+    /// Nothing runs yet.
+    pub fn new(name: String, store: S, state: Arc<StateDir>, disks: Arc<Disks>, datapath: Datapath) -> Self {
+        Self { name, store, state, disks, datapath, open: Mutex::default(), busy: Mutex::default() }
+    }
+
+    /// Begins an operation on a volume.
+    ///
+    /// # Errors
+    /// `Error::Busy` if one is under way.
+    pub(crate) fn begin(self: &Arc<Self>, volume: &str) -> Result<Guard<S>, Error> {
+        let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        if !busy.insert(volume.to_owned()) {
+            return Err(Error::Busy(volume.to_owned()));
+        }
+        Ok(Guard { node: Arc::clone(self), volume: volume.to_owned() })
+    }
+
+    /// Does an operation on a volume to its end, also if the caller goes away.
+    pub(crate) async fn exclusively<T, F>(self: &Arc<Self>, volume: &str, work: impl FnOnce(Arc<Self>) -> F) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Error>> + Send + 'static,
+    {
+        let guard = self.begin(volume)?;
+        let work = work(Arc::clone(self));
+        let task = tokio::spawn(tracing::Instrument::in_current_span(async move {
+            let _guard = guard;
+            work.await
+        }));
+        task.await.unwrap_or_else(|_| Err(Error::Panicked(volume.to_owned())))
+    }
+
+    /// The volume, if it is this node's and not on its way out.
+    pub(crate) async fn volume(&self, id: &str) -> Result<MirrorVolume, Error> {
+        if id.is_empty() {
+            return Err(Error::InvalidArgument("volume_id is missing".into()));
+        }
+        let found = match self.store.get::<MirrorVolume>(id).await {
+            // What cannot be a name names nothing.
+            Err(lockstep_store::Error::Name { .. }) => None,
+            found => found?,
+        };
+        found.filter(|volume| volume.spec.node == self.name).ok_or_else(|| Error::NoVolume(id.to_owned()))
+    }
+
+    /// At the end of the process: what was answered is durable. The devices of volumes that are still in use end with the process, and the
+    /// dirty bits tell the next one what may differ.
+    pub async fn flush_all(&self) {
+        let open: Vec<_> = self.open.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        for open in open {
+            tracing::warn!(volume = open.id, device = %open.volume.device().display(), "the volume is in use: its device ends with this process");
+            let flushed = tokio::time::timeout(std::time::Duration::from_secs(10), open.volume.flush()).await;
+            match flushed {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(volume = open.id, %error, "it could not be flushed"),
+                Err(_) => tracing::warn!(volume = open.id, "it could not be flushed in time"),
+            }
+        }
+    }
+
+    /// Its open mirror, if it is staged.
+    pub(crate) fn open_volume(&self, uid: &str) -> Option<Arc<OpenVolume>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).get(uid).cloned()
+    }
+
+    /// Changes the status of the very object with this UID, however often others write it in between. What would change nothing writes
+    /// nothing.
+    pub(crate) async fn patch_status(
+        &self,
+        id: &str,
+        uid: &str,
+        change: impl Fn(&mut MirrorVolumeStatus) + Send,
+    ) -> Result<MirrorVolume, Error> {
+        loop {
+            let mut volume = self.volume(id).await?;
+            if volume.metadata.uid.as_deref() != Some(uid) {
+                return Err(Error::NoVolume(id.to_owned()));
+            }
+            let before = volume.status.clone();
+            change(volume.status.get_or_insert_default());
+            if volume.status == before {
+                return Ok(volume);
+            }
+            match self.store.update_status(volume).await {
+                Err(lockstep_store::Error::Conflict { .. }) => {}
+                written => return Ok(written?),
+            }
+        }
+    }
+}
+
+/// The name and the UID of a stored object.
+pub(crate) fn names(volume: &MirrorVolume) -> (String, String) {
+    (volume.metadata.name.clone().unwrap_or_default(), volume.metadata.uid.clone().unwrap_or_default())
+}
+
+/// Work that may block.
+pub(crate) async fn blocking<T: Send + 'static>(what: &str, work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+    let span = tracing::Span::current();
+    let result = tokio::task::spawn_blocking(move || span.in_scope(work)).await;
+    result.unwrap_or_else(|_| Err(Error::Panicked(what.to_owned())))
+}

@@ -1,0 +1,189 @@
+//! The state directory: what a node keeps off the mirrored disks.
+//!
+//! ```text
+//! lock                 held for life: one csi-node a state directory
+//! disks/<fs-uuid>/     where the disks are mounted
+//! formatting/<uuid>    a disk's mkfs began
+//! witness/<uid>        a volume's witness
+//! staged/<uid>.yaml    what is needed to serve a staged volume again
+//! deleted/<uid>        a volume that was deleted while one of its disks was away
+//! run/<uid>            a volume's FUSE file
+//! ```
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{FlockOperation, flock};
+use serde::{Serialize, de::DeserializeOwned};
+
+/// What goes wrong with the state directory.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// Another csi-node has it.
+    #[error("{0} is in use by another csi-node: end that one first, or give this one a --state-dir of its own")]
+    InUse(PathBuf),
+    /// A file cannot be understood. It is never overwritten.
+    #[error("{path} cannot be read: {reason}. Repair it, or move it away")]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The system failed.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// An open state directory.
+#[derive(Debug)]
+pub struct StateDir {
+    root: PathBuf,
+    _lock: File,
+}
+
+fn io_error(path: &Path) -> impl FnOnce(io::Error) -> StateError + '_ {
+    |source| StateError::Io { path: path.to_owned(), source }
+}
+
+impl StateDir {
+    /// Opens it, makes it if it is not there, and locks it until the process ends.
+    ///
+    /// # Errors
+    /// `StateError::InUse` if another process has it.
+    pub fn open(root: &Path) -> Result<Self, StateError> {
+        for dir in ["disks", "formatting", "witness", "staged", "deleted", "run"] {
+            let dir = root.join(dir);
+            fs::create_dir_all(&dir).map_err(io_error(&dir))?;
+        }
+        // Mount points are compared with what the kernel says, which knows no links.
+        let root = root.canonicalize().map_err(io_error(root))?;
+        let path = root.join("lock");
+        let lock = File::options().create(true).append(true).open(&path).map_err(io_error(&path))?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| StateError::InUse(root.clone()))?;
+        Ok(Self { root, _lock: lock })
+    }
+
+    /// Where the disk with this file system is mounted.
+    pub fn disk_mount(&self, fs_uuid: &str) -> PathBuf {
+        self.root.join("disks").join(fs_uuid)
+    }
+
+    /// The record of a mkfs that began.
+    pub fn formatting(&self, fs_uuid: &str) -> PathBuf {
+        self.root.join("formatting").join(fs_uuid)
+    }
+
+    /// All of them.
+    pub fn formatting_dir(&self) -> PathBuf {
+        self.root.join("formatting")
+    }
+
+    /// A volume's witness.
+    pub fn witness(&self, uid: &str) -> PathBuf {
+        self.root.join("witness").join(uid)
+    }
+
+    /// A volume's staged record.
+    pub fn staged(&self, uid: &str) -> PathBuf {
+        self.root.join("staged").join(format!("{uid}.yaml"))
+    }
+
+    /// All of them.
+    pub fn staged_dir(&self) -> PathBuf {
+        self.root.join("staged")
+    }
+
+    /// The record of a volume that was deleted while one of its disks was away.
+    pub fn deleted(&self, uid: &str) -> PathBuf {
+        self.root.join("deleted").join(uid)
+    }
+
+    /// All of them.
+    pub fn deleted_dir(&self) -> PathBuf {
+        self.root.join("deleted")
+    }
+
+    /// Where the volumes' FUSE files are.
+    pub fn run(&self) -> PathBuf {
+        self.root.join("run")
+    }
+}
+
+/// Writes a record durably: the old one or the new one is there, also after a power cut.
+///
+/// # Errors
+/// `StateError::Io`.
+pub fn write_record<T: Serialize>(path: &Path, record: &T) -> Result<(), StateError> {
+    let text = serde_saphyr::to_string(record).map_err(|error| io_error(path)(io::Error::other(error)))?;
+    let (dir, name) = (path.parent().unwrap_or(Path::new("/")), path.file_name().unwrap_or_default());
+    let temporary = dir.join(format!(".{}.new", name.to_string_lossy()));
+    let write = || {
+        let mut file = File::create(&temporary)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)?;
+        File::open(dir)?.sync_all()
+    };
+    write().map_err(io_error(path))
+}
+
+/// Reads one. `None`: it is not there.
+///
+/// # Errors
+/// `StateError::Unreadable`.
+pub fn read_record<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StateError> {
+    let unreadable = |reason: String| StateError::Unreadable { path: path.to_owned(), reason };
+    match fs::read_to_string(path) {
+        Ok(text) => serde_saphyr::from_str(&text).map(Some).map_err(|error| unreadable(error.to_string())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(unreadable(error.to_string())),
+    }
+}
+
+/// Removes one durably. Not there: nothing done.
+///
+/// # Errors
+/// `StateError::Io`.
+pub fn remove_record(path: &Path) -> Result<(), StateError> {
+    match fs::remove_file(path) {
+        Ok(()) => File::open(path.parent().unwrap_or(Path::new("/"))).and_then(|dir| dir.sync_all()).map_err(io_error(path)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(io_error(path)(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_directory_has_one_csi_node() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = StateDir::open(dir.path()).unwrap();
+        assert!(matches!(StateDir::open(dir.path()), Err(StateError::InUse(_))));
+        drop(first);
+        StateDir::open(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_damaged_record_is_named_and_an_absent_one_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("r.yaml");
+        assert_eq!(read_record::<Vec<u8>>(&path).unwrap(), None);
+        write_record(&path, &vec![1, 2]).unwrap();
+        assert_eq!(read_record::<Vec<u8>>(&path).unwrap(), Some(vec![1, 2]));
+        fs::write(&path, "{").unwrap();
+        assert!(read_record::<Vec<u8>>(&path).unwrap_err().to_string().contains("r.yaml"));
+        remove_record(&path).unwrap();
+        remove_record(&path).unwrap();
+    }
+}
