@@ -29,7 +29,7 @@ use crate::{
     disks::Reservation,
     error::Error,
     legs::{self, LegDir, OVERHEAD},
-    node::{Node, blocking, names},
+    node::{Holder, Node, blocking, names},
     tombstone,
 };
 
@@ -90,7 +90,7 @@ impl<S: Store> Node<S> {
         for volume in volumes.into_iter().filter(|volume| volume.spec.node == self.name && task(volume).is_some()) {
             let (id, uid) = names(&volume);
             // Busy: its end is a change, or the slow relist comes.
-            let Ok(guard) = self.begin(&id) else { continue };
+            let Ok(guard) = self.begin(&id, Holder::Object) else { continue };
             let node = Arc::clone(self);
             let span = tracing::info_span!("volume", id, uid);
             tokio::spawn(tracing::Instrument::instrument(

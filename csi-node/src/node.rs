@@ -1,15 +1,20 @@
 //! What all parts of the plugin share.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use lockstep_datapath::Datapath;
 use lockstep_proto::objects::{MirrorVolume, MirrorVolumeStatus};
 use lockstep_store::Store;
+use tokio::sync::Notify;
 
 use crate::{disks::Disks, error::Error, mirror::OpenVolume, state_dir::StateDir};
+
+/// How long a call waits for what the node itself does to a volume.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The node plugin.
 #[derive(Debug)]
@@ -26,7 +31,17 @@ pub struct Node<S> {
     pub datapath: Datapath,
     /// Open volumes, by the UID of their object.
     pub(crate) open: Mutex<BTreeMap<String, Arc<OpenVolume>>>,
-    busy: Mutex<HashSet<String>>,
+    busy: Mutex<BTreeMap<String, Holder>>,
+    freed: Notify,
+}
+
+/// Who is at work on a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Holder {
+    /// A call: another one is told to come again.
+    Call,
+    /// The node itself, for its object's sake: a call waits for it.
+    Object,
 }
 
 /// One operation at a time on a volume.
@@ -39,34 +54,53 @@ pub struct Guard<S> {
 impl<S> Drop for Guard<S> {
     fn drop(&mut self) {
         self.node.busy.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.volume);
+        self.node.freed.notify_waiters();
     }
 }
 
 impl<S: Store> Node<S> {
     /// Nothing runs yet.
     pub fn new(name: String, store: S, state: Arc<StateDir>, disks: Arc<Disks>, datapath: Datapath) -> Self {
-        Self { name, store, state, disks, datapath, open: Mutex::default(), busy: Mutex::default() }
+        Self { name, store, state, disks, datapath, open: Mutex::default(), busy: Mutex::default(), freed: Notify::new() }
     }
 
-    /// Begins an operation on a volume.
-    ///
-    /// # Errors
-    /// `Error::Busy` if one is under way.
-    pub(crate) fn begin(self: &Arc<Self>, volume: &str) -> Result<Guard<S>, Error> {
+    /// Begins an operation on a volume, or says who is at work on it.
+    pub(crate) fn begin(self: &Arc<Self>, volume: &str, holder: Holder) -> Result<Guard<S>, Holder> {
         let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-        if !busy.insert(volume.to_owned()) {
-            return Err(Error::Busy(volume.to_owned()));
+        match busy.get(volume) {
+            Some(other) => Err(*other),
+            None => {
+                busy.insert(volume.to_owned(), holder);
+                Ok(Guard { node: Arc::clone(self), volume: volume.to_owned() })
+            }
         }
-        Ok(Guard { node: Arc::clone(self), volume: volume.to_owned() })
+    }
+
+    async fn begin_call(self: &Arc<Self>, volume: &str) -> Result<Guard<S>, Error> {
+        let begin = async {
+            loop {
+                let freed = self.freed.notified();
+                match self.begin(volume, Holder::Call) {
+                    Ok(guard) => return Some(guard),
+                    Err(Holder::Call) => return None,
+                    Err(Holder::Object) => freed.await,
+                }
+            }
+        };
+        let begun = tokio::time::timeout(PATIENCE, begin).await.ok().flatten();
+        begun.ok_or_else(|| Error::Busy(volume.to_owned()))
     }
 
     /// Does an operation on a volume to its end, also if the caller goes away.
+    ///
+    /// # Errors
+    /// `Error::Busy` if another call is at work on the volume.
     pub(crate) async fn exclusively<T, F>(self: &Arc<Self>, volume: &str, work: impl FnOnce(Arc<Self>) -> F) -> Result<T, Error>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, Error>> + Send + 'static,
     {
-        let guard = self.begin(volume)?;
+        let guard = self.begin_call(volume).await?;
         let work = work(Arc::clone(self));
         let task = tokio::spawn(tracing::Instrument::in_current_span(async move {
             let _guard = guard;
@@ -94,7 +128,7 @@ impl<S: Store> Node<S> {
         let open: Vec<_> = self.open.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
         for open in open {
             tracing::warn!(volume = open.id, device = %open.volume.device().display(), "the volume is in use: its device ends with this process");
-            let flushed = tokio::time::timeout(std::time::Duration::from_secs(10), open.volume.flush()).await;
+            let flushed = tokio::time::timeout(PATIENCE, open.volume.flush()).await;
             match flushed {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(volume = open.id, %error, "it could not be flushed"),

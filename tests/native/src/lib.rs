@@ -55,8 +55,22 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("the rig's paths are text")
 }
 
+/// Removes what runs that were cut off left in the temporary directory: theirs is `prefix`, the process id, a dot, anything.
+pub fn remove_dead_runs(prefix: &str) {
+    for entry in fs::read_dir(std::env::temp_dir()).expect("the temporary directory").flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let pid = name.strip_prefix(prefix).and_then(|rest| rest.split('.').next().map(str::to_owned));
+        if let Some(pid) = pid
+            && !Path::new("/proc").join(&pid).exists()
+        {
+            tear_down(&entry.path());
+            drop(fs::remove_dir_all(entry.path()));
+        }
+    }
+}
+
 /// Takes everything down that lives under `dir`: mounts, innermost first, then loop devices.
-fn tear_down(dir: &Path) {
+pub fn tear_down(dir: &Path) {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     let under = |path: &str| Path::new(path).starts_with(dir);
     for mount in mounts.lines().rev().filter_map(|line| line.split(' ').nth(1)).filter(|path| under(path)) {
@@ -74,16 +88,7 @@ fn tear_down(dir: &Path) {
 impl Rig {
     /// Makes this many disks of this size.
     pub fn new(disks: usize, megabytes: u64) -> Self {
-        for entry in fs::read_dir(std::env::temp_dir()).expect("the temporary directory").flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let pid = name.strip_prefix(PREFIX).and_then(|rest| rest.split('.').next().map(str::to_owned));
-            if let Some(pid) = pid
-                && !Path::new("/proc").join(&pid).exists()
-            {
-                tear_down(&entry.path());
-                drop(fs::remove_dir_all(entry.path()));
-            }
-        }
+        remove_dead_runs(PREFIX);
         let prefix = format!("{PREFIX}{}.", std::process::id());
         let dir = tempfile::Builder::new().prefix(&prefix).tempdir().expect("a temporary directory");
         let mut rig = Self { dir, disks: Vec::new() };

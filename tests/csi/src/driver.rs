@@ -1,0 +1,156 @@
+//! The two binaries, as a user runs them.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use lockstep_proto::objects::{LocalDisk, MirrorVolume};
+use lockstep_store::{Directory, Store};
+
+use crate::{
+    client::Client,
+    lab::{Lab, text},
+};
+
+/// The name of the lab's node.
+pub const NODE: &str = "node-1";
+/// Waiting longer than this is a hang.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Both processes and a client of both.
+#[derive(Debug)]
+pub struct Driver {
+    node: Option<Child>,
+    controller: Option<Child>,
+    /// Calls them.
+    pub client: Client,
+    /// Their objects.
+    pub store: Directory,
+    dir: PathBuf,
+}
+
+/// A binary that was built beside this one, or, for a test, one directory up.
+fn program(name: &str) -> PathBuf {
+    let own = std::env::current_exe().expect("our own path");
+    let beside = own.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file());
+    beside.unwrap_or_else(|| panic!("{name} is not built: cargo build --release -p lockstep-{name}"))
+}
+
+/// Ends with us, whatever happens to us; its log is appended to a file.
+fn start(name: &str, log: &Path, args: &[&str]) -> Child {
+    let log = fs::File::options().create(true).append(true).open(log).expect("a log");
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL"]).arg(program(name)).args(args);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+/// Waits for what must come; says what did not.
+pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut wanted: impl FnMut() -> F) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = wanted().await {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "never {what}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+impl Driver {
+    /// Starts both for the lab's disks, and waits until they are ready.
+    pub async fn start(lab: &Lab) -> Self {
+        let dir = lab.path("driver");
+        fs::create_dir_all(&dir).expect("a directory");
+        fs::write(dir.join("node.yaml"), format!("disks:\n- path: {}/*\n", text(&lab.path("disks")))).expect("a configuration");
+        let client = Client::new(&dir.join("node.sock"), &dir.join("controller.sock"));
+        let store = Directory::open(dir.join("objects")).expect("a directory of objects");
+        let mut driver = Self { node: None, controller: None, client, store, dir };
+        driver.start_node().await;
+        driver.start_controller().await;
+        driver
+    }
+
+    fn at(&self, name: &str) -> String {
+        text(&self.dir.join(name)).to_owned()
+    }
+
+    /// Starts csi-node.
+    pub async fn start_node(&mut self) {
+        let (endpoint, config, state, objects) =
+            (format!("unix://{}", self.at("node.sock")), self.at("node.yaml"), self.at("state"), self.at("objects"));
+        let args = ["--endpoint", &endpoint, "--node-name", NODE, "--config", &config, "--state-dir", &state, "--objects", &objects];
+        self.node = Some(start("csi-node", &self.node_log(), &args));
+        let client = &self.client;
+        until("a node that is ready", || async { client.node_ready().await.then_some(()) }).await;
+    }
+
+    /// Starts csi-controller.
+    pub async fn start_controller(&mut self) {
+        let (endpoint, objects) = (format!("unix://{}", self.at("controller.sock")), self.at("objects"));
+        self.controller =
+            Some(start("csi-controller", &self.dir.join("controller.log"), &["--endpoint", &endpoint, "--objects", &objects]));
+        let client = &self.client;
+        until("a controller that is ready", || async { client.controller_ready().await.then_some(()) }).await;
+    }
+
+    /// csi-node's log.
+    pub fn node_log(&self) -> PathBuf {
+        self.dir.join("node.log")
+    }
+
+    /// The socket of csi-node and of csi-controller.
+    pub fn sockets(&self) -> (PathBuf, PathBuf) {
+        (self.dir.join("node.sock"), self.dir.join("controller.sock"))
+    }
+
+    /// SIGKILL for csi-node, and its end.
+    pub fn kill_node(&mut self) {
+        let mut node = self.node.take().expect("csi-node runs");
+        node.kill().expect("it is alive");
+        node.wait().expect("it was started");
+    }
+
+    /// SIGTERM for both; they must end by themselves, without an error.
+    pub fn stop(&mut self) {
+        for child in [self.node.take(), self.controller.take()].into_iter().flatten() {
+            lockstep_native::run("kill", &[&child.id().to_string()]);
+            let status = child.wait_with_output().expect("it was started").status;
+            assert!(status.success(), "it ended with {status}");
+        }
+    }
+
+    /// A volume's object.
+    pub async fn volume(&self, id: &str) -> MirrorVolume {
+        self.store.get(id).await.expect("the store").unwrap_or_else(|| panic!("{id} has no object"))
+    }
+
+    /// All disks' objects.
+    pub async fn disks(&self) -> Vec<LocalDisk> {
+        self.store.list().await.expect("the store").objects
+    }
+
+    /// The two `data` files of a volume, in the order of its object's legs.
+    pub async fn copies(&self, id: &str) -> Vec<PathBuf> {
+        let volume = self.volume(id).await;
+        let uid = volume.metadata.uid.expect("a stored object");
+        let legs = volume.status.expect("it is allocated").legs;
+        let dir = self.dir.canonicalize().expect("it is there");
+        legs.iter().map(|leg| dir.join(format!("state/disks/{}/volumes/{uid}.{}/data", leg.disk, leg.leg_id))).collect()
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        for mut child in [self.node.take(), self.controller.take()].into_iter().flatten() {
+            drop(child.kill());
+            drop(child.wait());
+        }
+        if std::thread::panicking() {
+            eprintln!("csi-node said:\n{}", fs::read_to_string(self.node_log()).unwrap_or_default());
+            eprintln!("csi-controller said:\n{}", fs::read_to_string(self.dir.join("controller.log")).unwrap_or_default());
+        }
+    }
+}

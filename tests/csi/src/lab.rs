@@ -1,0 +1,124 @@
+//! Blank disks, and what the kernel can do to them.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use lockstep_native::{remove_dead_runs, run, tear_down};
+
+const PREFIX: &str = "lockstep-csi.";
+
+/// A directory with blank disks. Everything in it goes when it is dropped: mounts, loop devices, files.
+#[derive(Debug)]
+pub struct Lab {
+    dir: tempfile::TempDir,
+    disks: Vec<PathBuf>,
+}
+
+impl Lab {
+    /// Makes this many blank disks of this size. What a run that was cut off left is removed first.
+    pub fn new(disks: usize, megabytes: u64) -> Self {
+        remove_dead_runs(PREFIX);
+        let prefix = format!("{PREFIX}{}.", std::process::id());
+        let dir = tempfile::Builder::new().prefix(&prefix).tempdir().expect("a temporary directory");
+        let mut lab = Self { dir, disks: Vec::new() };
+        fs::create_dir(lab.path("disks")).expect("a directory of disks");
+        for _ in 0..disks {
+            lab.add_disk(megabytes);
+        }
+        lab
+    }
+
+    /// One more blank disk, and its number. csi-node finds it under `disks/N`.
+    pub fn add_disk(&mut self, megabytes: u64) -> usize {
+        let number = self.disks.len();
+        let image = self.path(&format!("disk{number}.img"));
+        fs::File::create(&image).and_then(|file| file.set_len(megabytes << 20)).expect("an image");
+        let device = self.loop_on(&image);
+        std::os::unix::fs::symlink(&device, self.path(&format!("disks/{number}"))).expect("a link");
+        self.disks.push(device);
+        number
+    }
+
+    fn loop_on(&self, image: &Path) -> PathBuf {
+        run("losetup", &["--find", "--show", "--direct-io=on", text(image)]).trim().into()
+    }
+
+    /// A path in the lab.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A disk's block device.
+    pub fn device(&self, number: usize) -> &Path {
+        &self.disks[number]
+    }
+
+    /// Where csi-node mounted a disk.
+    pub fn mount_of(&self, number: usize) -> Option<PathBuf> {
+        let mounts = fs::read_to_string("/proc/self/mounts").expect("/proc");
+        let mut here =
+            mounts.lines().filter_map(|line| line.split_once(' ')).filter(|(device, _)| Path::new(device) == self.device(number));
+        here.find_map(|(_, rest)| rest.split(' ').next()).map(PathBuf::from)
+    }
+
+    /// The kernel shuts the disk's file system down: every I/O to it fails from now on.
+    pub fn fail_disk(&self, number: usize) {
+        let mount = self.mount_of(number).expect("the disk is mounted");
+        run("xfs_io", &["-x", "-c", "shutdown", text(&mount)]);
+    }
+
+    /// Pulls a disk that is not mounted any more.
+    pub fn pull_disk(&mut self, number: usize) {
+        fs::remove_file(self.path(&format!("disks/{number}"))).expect("the link");
+        run("losetup", &["-d", text(self.device(number))]);
+    }
+
+    /// Plugs it in again.
+    pub fn plug_disk(&mut self, number: usize) {
+        let device = self.loop_on(&self.path(&format!("disk{number}.img")));
+        std::os::unix::fs::symlink(&device, self.path(&format!("disks/{number}"))).expect("a link");
+        self.disks[number] = device;
+    }
+
+    /// What is left of the lab in the kernel: mounts and loop devices. Nothing, after everything was taken down.
+    pub fn left_over(&self) -> Vec<String> {
+        let mounts = fs::read_to_string("/proc/self/mounts").expect("/proc");
+        let under = |path: &str| Path::new(path).starts_with(self.dir.path());
+        let mounts = mounts.lines().filter(|line| line.split(' ').nth(1).is_some_and(under)).map(str::to_owned);
+        let loops = run("losetup", &["--list", "--noheadings", "--output", "NAME,BACK-FILE"]);
+        let own = |line: &&str| !self.disks.iter().any(|disk| line.starts_with(&format!("{} ", text(disk))));
+        let loops = loops.lines().filter(|line| line.contains(text(self.dir.path()))).filter(own).map(str::to_owned);
+        mounts.chain(loops).collect()
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        tear_down(self.dir.path());
+    }
+}
+
+/// A path as text.
+pub fn text(path: &Path) -> &str {
+    path.to_str().expect("the lab's paths are text")
+}
+
+/// Whether two copies are the same, says a program that shares no code with the datapath, after the page cache was dropped.
+pub fn identical(a: &Path, b: &Path) -> bool {
+    fs::write("/proc/sys/vm/drop_caches", "3").expect("root drops caches");
+    lockstep_native::succeeds("cmp", &["--silent", text(a), text(b)])
+}
+
+/// Runs `work` on a copy that is mounted alone, read-only, without the driver.
+pub fn alone<T>(lab: &Lab, copy: &Path, fs_type: &str, work: impl FnOnce(&Path) -> T) -> T {
+    let at = lab.path("copy");
+    fs::create_dir_all(&at).expect("a mount point");
+    // XFS: the log of a copy that was in use cannot be replayed read-only.
+    let options = if fs_type == "xfs" { "loop,ro,norecovery,nouuid" } else { "loop,ro" };
+    run("mount", &["-t", fs_type, "-o", options, text(copy), text(&at)]);
+    let result = work(&at);
+    run("umount", &[text(&at)]);
+    result
+}
