@@ -6,7 +6,7 @@ use k8s_openapi::{
 };
 use lockstep_datapath::core::{
     status::{self, LegState, Status, Sync},
-    units::LegId,
+    units::{BLOCK_SIZE, LegId},
 };
 use lockstep_proto::objects::{self, LegStatus};
 use lockstep_store::Store;
@@ -65,7 +65,17 @@ fn set(conditions: &mut Vec<Condition>, kind: &str, status: bool, reason: &str, 
     }
 }
 
-fn set_conditions(conditions: &mut Vec<Condition>, health: Health, progress: Option<u8>, lost: &str) {
+/// What resync or rebuild had to copy since the volume was staged.
+fn copied(status: &Status) -> String {
+    let mebibytes = |blocks: u64| (blocks * BLOCK_SIZE).div_ceil(1 << 20);
+    match status.copied_blocks {
+        0 => "nothing had to be copied since it was staged".into(),
+        blocks => format!("{} of {} MiB were copied since it was staged", mebibytes(blocks), mebibytes(status.blocks)),
+    }
+}
+
+fn set_conditions(conditions: &mut Vec<Condition>, health: Health, status: &Status, lost: &str) {
+    let progress = percent(status);
     let percent = progress.map_or(String::new(), |percent| format!("{percent} % are done. "));
     let (ready, degraded, rebuilding) = match health {
         Health::Healthy => ((true, "Healthy", ""), (false, "BothCopies"), (false, "BothCopies")),
@@ -83,7 +93,7 @@ fn set_conditions(conditions: &mut Vec<Condition>, health: Health, progress: Opt
     };
     set(conditions, "Ready", ready.0, ready.1, format!("{}{percent}", ready.2).trim_end().to_owned());
     set(conditions, "Degraded", degraded.0, degraded.1, if degraded.0 { lost.to_owned() } else { String::new() });
-    set(conditions, "Rebuilding", rebuilding.0, rebuilding.1, if rebuilding.0 { percent.trim_end().to_owned() } else { String::new() });
+    set(conditions, "Rebuilding", rebuilding.0, rebuilding.1, if rebuilding.0 { percent.trim_end().to_owned() } else { copied(status) });
 }
 
 impl<S: Store> Node<S> {
@@ -149,7 +159,7 @@ impl<S: Store> Node<S> {
             object.epoch = status.epoch.0;
             object.device = Some(device.clone());
             object.legs = self.leg_statuses(open, status, &object.legs);
-            set_conditions(&mut object.conditions, health, percent(status), &lost);
+            set_conditions(&mut object.conditions, health, status, &lost);
         })
         .await?;
         Ok(())
@@ -163,7 +173,7 @@ impl<S: Store> Node<S> {
             object.epoch = status.epoch.0;
             object.device = None;
             object.legs = self.leg_statuses(open, &status, &object.legs);
-            set_conditions(&mut object.conditions, health, None, &lost);
+            set_conditions(&mut object.conditions, health, &status, &lost);
         });
         if let Err(error) = written.await {
             warn!(%error, "the volume's object still says that it is staged");
@@ -173,6 +183,8 @@ impl<S: Store> Node<S> {
 
 #[cfg(test)]
 mod tests {
+    use lockstep_datapath::core::io::Fill;
+
     use super::*;
 
     fn condition(conditions: &[Condition], kind: &str) -> (String, String, String) {
@@ -180,18 +192,42 @@ mod tests {
         (found.status.clone(), found.reason.clone(), found.message.clone())
     }
 
+    fn status(sync: Sync, done: u64) -> Status {
+        let leg = |id| status::LegStatus { id: LegId([id; 16]), state: LegState::In };
+        Status {
+            blocks: 256 << 8,
+            epoch: lockstep_datapath::core::units::Epoch(1),
+            legs: [leg(1), leg(2)],
+            dirty_regions: 0,
+            sync,
+            sync_done: done,
+            sync_total: 100,
+            copied_blocks: 4096,
+            pending: 0,
+            read_only: false,
+            ready: true,
+            stopped: false,
+        }
+    }
+
     #[test]
     fn a_condition_keeps_its_time_until_its_status_changes() {
         let mut conditions = Vec::new();
-        set_conditions(&mut conditions, Health::Degraded, None, "the copy on sdx is lost");
+        set_conditions(&mut conditions, Health::Degraded, &status(Sync::Idle, 0), "the copy on sdx is lost");
         let since = conditions.iter().find(|condition| condition.type_ == "Degraded").unwrap().last_transition_time.clone();
         std::thread::sleep(std::time::Duration::from_millis(2));
-        set_conditions(&mut conditions, Health::Rebuilding, Some(40), "the copy on sdy is being filled");
+        set_conditions(
+            &mut conditions,
+            Health::Rebuilding,
+            &status(Sync::Rebuild(Fill::Everything), 40),
+            "the copy on sdy is being filled",
+        );
         let degraded = conditions.iter().find(|condition| condition.type_ == "Degraded").unwrap();
         assert_eq!(degraded.last_transition_time, since);
         assert_eq!(condition(&conditions, "Degraded").2, "the copy on sdy is being filled");
         assert!(condition(&conditions, "Rebuilding").2.contains("40 %"));
-        set_conditions(&mut conditions, Health::Healthy, None, "");
+        set_conditions(&mut conditions, Health::Healthy, &status(Sync::Idle, 0), "");
+        assert_eq!(condition(&conditions, "Rebuilding").2, "16 of 256 MiB were copied since it was staged");
         assert_eq!(condition(&conditions, "Degraded").0, "False");
         assert_eq!(condition(&conditions, "Ready"), ("True".into(), "Healthy".into(), String::new()));
         assert_ne!(conditions.iter().find(|condition| condition.type_ == "Degraded").unwrap().last_transition_time, since);
