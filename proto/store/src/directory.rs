@@ -16,7 +16,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde_json::{Map, Value};
 use tokio::sync::watch;
 
-use crate::{Changes, Error, Listing, Object, Store};
+use crate::{Changes, Error, Listing, Object, Store, is_name};
 
 /// Changes that inotify did not tell of are seen after this.
 const RELIST: Duration = Duration::from_secs(10);
@@ -93,17 +93,9 @@ fn failed(doing: &str, path: &Path, source: io::Error) -> Error {
     Error::Io { what: format!("{doing} {}", path.display()), source }
 }
 
-/// A DNS-1123 subdomain: also what keeps a name inside the directory.
+/// Also what keeps a name inside the directory.
 fn check_name(name: &str) -> Result<(), Error> {
-    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
-    let label = |label: &str| {
-        let bytes = label.as_bytes();
-        bytes.first().copied().is_some_and(plain)
-            && bytes.last().copied().is_some_and(plain)
-            && bytes.iter().all(|b| plain(*b) || *b == b'-')
-    };
-    let valid = name.len() <= 253 && name.split('.').all(label);
-    if valid { Ok(()) } else { Err(Error::Name { name: name.into() }) }
+    if is_name(name) { Ok(()) } else { Err(Error::Name { name: name.into() }) }
 }
 
 /// The object, and what of its file this version does not know.

@@ -27,6 +27,18 @@ pub trait Object: Resource<DynamicType = ()> + Serialize + DeserializeOwned + Cl
 
 impl<T> Object for T where T: Resource<DynamicType = ()> + Serialize + DeserializeOwned + Clone + Debug + Send + Sync + 'static {}
 
+/// Whether an object can have this name: a DNS-1123 subdomain.
+pub fn is_name(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let label = |label: &str| {
+        let bytes = label.as_bytes();
+        bytes.first().copied().is_some_and(plain)
+            && bytes.last().copied().is_some_and(plain)
+            && bytes.iter().all(|b| plain(*b) || *b == b'-')
+    };
+    name.len() <= 253 && name.split('.').all(label)
+}
+
 /// Why something was not done.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

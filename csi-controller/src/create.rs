@@ -1,0 +1,139 @@
+//! CreateVolume: an object on a node, and the next node if that one cannot have it.
+//!
+//! ```text
+//!  nothing --place--> unclaimed --node--> claimed --> Ready ==> the answer
+//!     ^                 |                    '------> Rejected (claim given back)
+//!     |                 | old, and its node silent        |
+//!     '-----------------'---------------------------------'   withdrawn, with a precondition; this node is not tried again
+//! ```
+//! The whole picture is in the object, so a repeated call goes on where the last one was.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::Resource;
+use lockstep_proto::{
+    csi::{CreateVolumeRequest, CreateVolumeResponse},
+    objects::{MirrorVolume, VolumePhase},
+};
+use lockstep_store::{Error as StoreError, Store};
+
+use crate::{
+    Controller, Error, SILENT, UNCLAIMED,
+    volume::{age, answer, being_deleted, claimed, phase, since, status},
+    wait::{Deadline, Over},
+    wanted::Wanted,
+};
+
+/// What became of an object.
+enum Settled {
+    Ready(MirrorVolume),
+    /// Its node does not take it. It is to be withdrawn exactly as it was seen.
+    Refused {
+        volume: MirrorVolume,
+        why: String,
+    },
+}
+
+impl<S: Store> Controller<S> {
+    pub(crate) async fn create(&self, request: CreateVolumeRequest, deadline: Deadline) -> Result<CreateVolumeResponse, Error> {
+        let wanted = Wanted::of(request)?;
+        let _busy = self.busy.enter(&wanted.id)?;
+        // The nodes that did not take it, and why.
+        let mut refusals: BTreeMap<String, String> = BTreeMap::new();
+        loop {
+            let volume = match self.store.get(wanted.id.as_str()).await? {
+                Some(volume) => volume,
+                None => match self.store.create(wanted.on(&self.place(&wanted, &refusals).await?)).await {
+                    // Another replica was faster; or an earlier call of ours, which was dropped but not its create.
+                    Err(StoreError::AlreadyExists { .. }) => continue,
+                    created => created?,
+                },
+            };
+            if being_deleted(&volume) {
+                return Err(Error::BeingDeleted { id: wanted.id });
+            }
+            wanted.compare(&volume)?;
+            match self.settle(&wanted, volume, deadline).await? {
+                Settled::Ready(volume) => return Ok(CreateVolumeResponse { volume: Some(answer(&volume)) }),
+                Settled::Refused { volume, why } => match self.store.delete(wanted.id.as_str(), Some(&volume)).await {
+                    // It changed: perhaps its node claimed it just now.
+                    Err(StoreError::Conflict { .. }) => {}
+                    Ok(()) | Err(StoreError::NotFound { .. }) => {
+                        tracing::info!(volume = %wanted.id, node = volume.spec.node, why, "withdrawn from a node");
+                        refusals.insert(volume.spec.node, why);
+                    }
+                    Err(error) => return Err(error.into()),
+                },
+            }
+        }
+    }
+
+    /// The next node to try. Nodes without room are not even asked.
+    async fn place(&self, wanted: &Wanted, refused: &BTreeMap<String, String>) -> Result<String, Error> {
+        let nodes = self.nodes().await?;
+        let mut refusals = Vec::new();
+        for node in wanted.placement.order(&nodes) {
+            let why = match (refused.get(&node), nodes.get(&node)) {
+                (Some(why), _) => why.clone(),
+                (None, None) => "it has no disk of Lockstep".into(),
+                (None, Some(room)) if room.maximum_volume_bytes == 0 => "it has no two usable disks with room left".into(),
+                (None, Some(room)) if room.maximum_volume_bytes < wanted.bytes => {
+                    format!("the largest volume that fits on two of its disks is {} bytes", room.maximum_volume_bytes)
+                }
+                (None, Some(_)) => return Ok(node),
+            };
+            refusals.push(format!("{node}: {why}"));
+        }
+        Err(Error::NoRoom { bytes: wanted.bytes, refusals: refusals.join("; ") })
+    }
+
+    /// Waits until it is known what becomes of the object.
+    async fn settle(&self, wanted: &Wanted, volume: MirrorVolume, deadline: Deadline) -> Result<Settled, Error> {
+        let mut changes = self.store.changes::<MirrorVolume>().await?;
+        let uid = volume.meta().uid.clone();
+        loop {
+            let now: Option<MirrorVolume> = self.store.get(wanted.id.as_str()).await?;
+            let Some(volume) = now.filter(|volume| volume.meta().uid == uid) else {
+                return Err(Error::Vanished { id: wanted.id.clone() });
+            };
+            if being_deleted(&volume) {
+                return Err(Error::BeingDeleted { id: wanted.id.clone() });
+            }
+            match phase(&volume) {
+                VolumePhase::Ready => return Ok(Settled::Ready(volume)),
+                // It gives its claim back last: until then something of it may be on its disks.
+                VolumePhase::Rejected if !claimed(&volume) => {
+                    let why = status(&volume);
+                    return Ok(Settled::Refused { volume, why: format!("{} ({})", why.message, why.reason) });
+                }
+                VolumePhase::Rejected | VolumePhase::Allocating => {}
+            }
+            if !claimed(&volume) && age(&volume) >= UNCLAIMED && self.silent(&volume.spec.node).await? {
+                let why =
+                    format!("it did not answer for {} s and its Lease was not renewed for {} s", UNCLAIMED.as_secs(), SILENT.as_secs());
+                return Ok(Settled::Refused { volume, why });
+            }
+            deadline.change(&mut changes, &self.ending).await.map_err(|over| match over {
+                Over::Ending => Error::Ending,
+                Over::Deadline => waiting(wanted, &volume),
+            })?;
+        }
+    }
+
+    /// Whether the node does not renew its Lease, or has none.
+    async fn silent(&self, node: &str) -> Result<bool, Error> {
+        let lease: Option<Lease> = self.store.get(node).await?;
+        let renewed = lease.and_then(|lease| lease.spec?.renew_time);
+        Ok(renewed.is_none_or(|renewed| since(renewed.0) > SILENT))
+    }
+}
+
+fn waiting(wanted: &Wanted, volume: &MirrorVolume) -> Error {
+    let what = if claimed(volume) {
+        format!("allocate its legs (claimed; it says {:?})", status(volume).message)
+    } else {
+        "claim it (not claimed: is csi-node running there?)".into()
+    };
+    Error::Waiting { id: wanted.id.clone(), node: volume.spec.node.clone(), what }
+}

@@ -1,0 +1,112 @@
+//! Which nodes have room for a volume.
+
+use std::collections::BTreeMap;
+
+use kube::Resource;
+use lockstep_proto::{
+    capacity::{Capacity, capacity},
+    objects::{DiskPhase, LocalDisk},
+};
+use lockstep_store::{Listing, Store};
+
+use crate::{Controller, Error};
+
+/// What each node that has disks can still take.
+#[derive(Clone, Debug)]
+pub(crate) struct Nodes(BTreeMap<String, Capacity>);
+
+/// The free bytes of a disk that can be used; `None`: it cannot.
+pub(crate) fn free(disk: &LocalDisk) -> Option<u64> {
+    let status = disk.status.as_ref().filter(|status| status.phase == DiskPhase::Ready && disk.meta().deletion_timestamp.is_none())?;
+    Some(status.capacity_bytes.saturating_sub(status.allocated_bytes))
+}
+
+impl Nodes {
+    /// # Errors
+    /// If a disk's object cannot be read: nobody knows what its node has then.
+    fn of(listing: Listing<LocalDisk>) -> Result<Self, Error> {
+        if let Some(error) = listing.unreadable.into_iter().next() {
+            return Err(error.into());
+        }
+        // The free bytes of each physical disk: of its parts the best one counts, since two parts of one disk are not a pair.
+        let mut disks: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
+        for disk in listing.objects {
+            let of_node = disks.entry(disk.spec.node.clone()).or_default();
+            let identity = disk.status.as_ref().and_then(|status| status.identity.as_ref());
+            if let (Some(free), Some(identity)) = (free(&disk), identity) {
+                let best = of_node.entry(identity.physical.clone()).or_default();
+                *best = free.max(*best);
+            }
+        }
+        let room = |free: BTreeMap<String, u64>| capacity(&free.into_values().collect::<Vec<_>>());
+        Ok(Self(disks.into_iter().map(|(node, free)| (node, room(free))).collect()))
+    }
+
+    /// What a node can take; `None`: it has no disk of ours.
+    pub(crate) fn get(&self, node: &str) -> Option<Capacity> {
+        self.0.get(node).copied()
+    }
+
+    /// What all nodes can take: together, and in one volume.
+    pub(crate) fn total(&self) -> Capacity {
+        self.0.values().fold(Capacity::default(), |total, node| Capacity {
+            maximum_volume_bytes: total.maximum_volume_bytes.max(node.maximum_volume_bytes),
+            available_bytes: total.available_bytes.saturating_add(node.available_bytes),
+        })
+    }
+
+    /// All nodes, that with the most room first.
+    pub(crate) fn by_room(&self) -> Vec<String> {
+        let mut nodes: Vec<_> = self.0.iter().collect();
+        nodes.sort_by_key(|(_, capacity)| std::cmp::Reverse(capacity.available_bytes));
+        nodes.into_iter().map(|(node, _)| node.clone()).collect()
+    }
+}
+
+impl<S: Store> Controller<S> {
+    pub(crate) async fn nodes(&self) -> Result<Nodes, Error> {
+        Nodes::of(self.store.list().await?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lockstep_proto::objects::{DiskIdentity, LocalDiskSpec, LocalDiskStatus};
+
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn disk(node: &str, physical: &str, phase: DiskPhase, capacity: u64, allocated: u64) -> LocalDisk {
+        let mut disk = LocalDisk::new("d", LocalDiskSpec { node: node.into() });
+        let identity = Some(DiskIdentity { physical: physical.into(), ..DiskIdentity::default() });
+        disk.status = Some(LocalDiskStatus {
+            identity,
+            phase,
+            capacity_bytes: capacity * GIB,
+            allocated_bytes: allocated * GIB,
+            ..LocalDiskStatus::default()
+        });
+        disk
+    }
+
+    #[test]
+    fn only_ready_disks_count_and_of_a_physical_disk_only_its_best_part() {
+        let objects = vec![
+            disk("a", "one", DiskPhase::Ready, 8, 2),
+            disk("a", "one", DiskPhase::Ready, 9, 1),
+            disk("a", "two", DiskPhase::Ready, 5, 2),
+            disk("a", "three", DiskPhase::Failed, 9, 0),
+            disk("b", "one", DiskPhase::Ready, 7, 0),
+            disk("b", "two", DiskPhase::Ready, 7, 0),
+            // More than it has, because it shrank: nothing is free.
+            disk("c", "one", DiskPhase::Ready, 1, 2),
+            LocalDisk::new("new", LocalDiskSpec { node: "d".into() }),
+        ];
+        let nodes = Nodes::of(Listing { objects, unreadable: Vec::new() }).unwrap();
+        assert_eq!(nodes.get("a"), Some(Capacity { maximum_volume_bytes: 3 * GIB, available_bytes: 3 * GIB }));
+        assert_eq!((nodes.get("c"), nodes.get("d"), nodes.get("e")), (Some(Capacity::default()), Some(Capacity::default()), None));
+        assert_eq!(nodes.total(), Capacity { maximum_volume_bytes: 7 * GIB, available_bytes: 10 * GIB });
+        assert_eq!(nodes.by_room(), ["b", "a", "c", "d"]);
+    }
+}

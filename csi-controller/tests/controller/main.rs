@@ -1,0 +1,10 @@
+//! The controller's calls on a directory of objects; the tests play the nodes.
+#![allow(missing_docs)]
+
+mod create;
+mod delete;
+mod expand;
+mod look;
+mod place;
+mod rig;
+mod serve;

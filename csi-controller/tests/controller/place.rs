@@ -1,0 +1,159 @@
+use lockstep_proto::{
+    FINALIZER,
+    csi::{CreateVolumeRequest, controller_server::Controller as _},
+    objects::{LocalDisk, MirrorVolumeStatus, VolumePhase},
+};
+use lockstep_store::Store;
+use tonic::Code;
+
+use crate::rig::{GIB, Plays, Rig, TAKES, contains, nodes, range, refused, topology, wanted, within};
+
+fn on(name: &str, requisite: &[&str], preferred: &[&str]) -> CreateVolumeRequest {
+    CreateVolumeRequest { accessibility_requirements: nodes(requisite, preferred), ..wanted(name) }
+}
+
+#[tokio::test]
+async fn the_preferred_node_comes_first_and_without_any_that_with_the_most_room() {
+    let rig = Rig::new();
+    for (node, free) in [("a", [4, 4]), ("b", [8, 8]), ("c", [6, 6])] {
+        rig.disks(node, &free).await;
+        rig.node(node, TAKES);
+    }
+    for (name, requisite, preferred, node) in [
+        ("anywhere", &[][..], &[][..], "b"),
+        ("preferred", &["a", "b", "c"], &["c", "a"], "c"),
+        ("only-preferred", &[], &["a"], "a"),
+        ("requisite", &["c", "a"], &[], "c"),
+        ("not-allowed", &["a"], &["b"], "a"),
+    ] {
+        let volume = rig.create(on(name, requisite, preferred)).await.unwrap();
+        assert_eq!(volume.accessible_topology, [topology(node)], "{name}");
+    }
+    let without = CreateVolumeRequest { accessibility_requirements: None, ..wanted("without") };
+    assert_eq!(rig.create(without).await.unwrap().accessible_topology, [topology("b")]);
+}
+
+#[tokio::test]
+async fn a_node_that_rejects_is_followed_by_the_next_one() {
+    let rig = Rig::new();
+    rig.node_with_disks("a", Plays::Rejects("no")).await;
+    rig.node_with_disks("b", Plays::Rejects("no")).await;
+    rig.node_with_disks("c", TAKES).await;
+    let volume = rig.create(on("v", &["a", "b", "c"], &["b", "a", "c"])).await.unwrap();
+    assert_eq!(volume.accessible_topology, [topology("c")]);
+    assert_eq!(rig.volumes().await, ["v"]);
+}
+
+#[tokio::test]
+async fn when_every_node_rejects_it_their_words_are_answered_and_nothing_exists() {
+    let rig = Rig::new();
+    rig.node_with_disks("a", Plays::Rejects("slack is used up")).await;
+    rig.node_with_disks("b", Plays::Rejects("disk is read-only")).await;
+    let message = refused(rig.create(on("v", &["a", "b"], &["b"])).await, Code::ResourceExhausted);
+    contains(&message, &["a: slack is used up", "b: disk is read-only", "NoSpace"]);
+    assert_eq!(rig.volumes().await, [""; 0]);
+    let message = refused(rig.create(on("v", &["a"], &["a"])).await, Code::ResourceExhausted);
+    assert!(!message.contains("b:"), "only what was asked for: {message}");
+}
+
+#[tokio::test]
+async fn nodes_without_room_are_not_asked() {
+    let rig = Rig::new();
+    // Nobody plays these nodes: if one were asked, the call would wait for it.
+    rig.disks("small", &[1, 8]).await;
+    rig.disks("single", &[8]).await;
+    rig.disks("good", &[8, 8]).await;
+    rig.node("good", TAKES);
+    let big = |name| CreateVolumeRequest { capacity_range: Some(range(2 * GIB, 0)), ..wanted(name) };
+    let request = CreateVolumeRequest {
+        accessibility_requirements: nodes(&["small", "single", "bare", "good"], &["small", "single", "bare"]),
+        ..big("v")
+    };
+    assert_eq!(rig.create(request).await.unwrap().accessible_topology, [topology("good")]);
+    let request = CreateVolumeRequest { accessibility_requirements: nodes(&["small", "single", "bare"], &[]), ..big("w") };
+    let message = refused(rig.create(request).await, Code::ResourceExhausted);
+    contains(&message, &["small: the largest volume", &GIB.to_string(), "single: it has no two usable disks", "bare: it has no disk"]);
+    let huge = CreateVolumeRequest { capacity_range: Some(range(1 << 62, 0)), ..wanted("huge") };
+    refused(rig.create(huge).await, Code::ResourceExhausted);
+    assert_eq!(rig.volumes().await, ["v"]);
+}
+
+#[tokio::test]
+async fn without_any_disk_there_is_no_room() {
+    contains(&refused(Rig::new().create(wanted("v")).await, Code::ResourceExhausted), &["no node has two usable disks"]);
+}
+
+#[tokio::test]
+async fn a_disk_that_cannot_be_read_stops_placement_and_not_what_exists() {
+    let rig = Rig::new();
+    rig.node_with_disks("a", TAKES).await;
+    rig.create(wanted("v")).await.unwrap();
+    rig.damage("localdisks", "b-0");
+    contains(&refused(rig.create(wanted("w")).await, Code::FailedPrecondition), &["b-0.yaml", "Repair it"]);
+    rig.create(wanted("v")).await.unwrap();
+    assert_eq!(rig.store.list::<LocalDisk>().await.unwrap().unreadable.len(), 1);
+}
+
+/// A volume that nobody claimed, made long ago, on node `dead`; node `b` takes it.
+async fn left_over() -> Rig {
+    let rig = Rig::new();
+    rig.disks("dead", &[8, 8]).await;
+    refused(rig.controller.create_volume(within(50, on("v", &["dead", "b"], &["dead"]))).await, Code::DeadlineExceeded);
+    rig.age("v");
+    rig.node_with_disks("b", TAKES).await;
+    rig
+}
+
+async fn asked_again(rig: &Rig) -> Result<Vec<lockstep_proto::csi::Topology>, tonic::Status> {
+    let response = rig.controller.create_volume(within(500, on("v", &["dead", "b"], &["dead"]))).await?;
+    Ok(response.into_inner().volume.unwrap().accessible_topology)
+}
+
+#[tokio::test]
+async fn a_volume_that_a_silent_node_never_claimed_goes_to_the_next_one() {
+    let rig = left_over().await;
+    assert_eq!(asked_again(&rig).await.unwrap(), [topology("b")], "no Lease");
+    let rig = left_over().await;
+    rig.lease("dead", 45).await;
+    assert_eq!(asked_again(&rig).await.unwrap(), [topology("b")], "a stale Lease");
+    let rig = left_over().await;
+    let message = refused(rig.create(on("v", &["dead"], &[])).await, Code::ResourceExhausted);
+    contains(&message, &["dead: it did not answer for 60 s", "Lease"]);
+    assert_eq!(rig.volumes().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_volume_of_a_node_that_renews_its_lease_is_not_withdrawn() {
+    let rig = left_over().await;
+    rig.lease("dead", 15).await;
+    contains(&refused(asked_again(&rig).await, Code::DeadlineExceeded), &["node dead"]);
+}
+
+#[tokio::test]
+async fn a_volume_that_is_young_is_not_withdrawn() {
+    let rig = Rig::new();
+    rig.disks("dead", &[8, 8]).await;
+    rig.node_with_disks("b", TAKES).await;
+    contains(&refused(asked_again(&rig).await, Code::DeadlineExceeded), &["node dead"]);
+    contains(&refused(asked_again(&rig).await, Code::DeadlineExceeded), &["node dead"]);
+}
+
+#[tokio::test]
+async fn a_volume_that_was_claimed_is_never_withdrawn() {
+    let rig = left_over().await;
+    let mut volume = rig.volume("v").await.unwrap();
+    volume.metadata.finalizers = Some(vec![FINALIZER.into()]);
+    let mut volume = rig.store.update(volume).await.unwrap();
+    contains(&refused(asked_again(&rig).await, Code::DeadlineExceeded), &["node dead", "(claimed"]);
+    // Not even if it is rejected: the claim is given back when nothing is left on the disks.
+    volume.status = Some(MirrorVolumeStatus {
+        phase: VolumePhase::Rejected,
+        observed_uid: volume.metadata.uid.clone(),
+        ..MirrorVolumeStatus::default()
+    });
+    let mut volume = rig.store.update_status(volume).await.unwrap();
+    refused(asked_again(&rig).await, Code::DeadlineExceeded);
+    volume.metadata.finalizers = None;
+    rig.store.update(volume).await.unwrap();
+    assert_eq!(asked_again(&rig).await.unwrap(), [topology("b")]);
+}
