@@ -57,8 +57,7 @@ pub(crate) fn status(volume: &MirrorVolume) -> MirrorVolumeStatus {
 
 /// Whether what the node says is about this object, and not about an earlier one of the name.
 fn observed(volume: &MirrorVolume) -> bool {
-    let seen = volume.status.as_ref().and_then(|status| status.observed_uid.as_deref());
-    seen.is_some() && seen == volume.meta().uid.as_deref()
+    volume.status.as_ref().is_some_and(|status| status.observed_uid == volume.meta().uid)
 }
 
 /// How far it is, as far as the node's word counts.

@@ -6,7 +6,7 @@ use lockstep_proto::{
         CreateVolumeRequest, VolumeCapability, VolumeContentSource, controller_server::Controller as _,
         volume_capability::access_mode::Mode,
     },
-    objects::{FsType, VolumeMode, VolumePhase},
+    objects::{FsType, VolumeMode},
 };
 use tonic::{Code, Request};
 
@@ -178,6 +178,8 @@ async fn a_volume_that_is_being_deleted_is_not_answered() {
     let volume = rig.existing("v", "a", GIB, |_| {}).await;
     lockstep_store::Store::delete(&rig.store, "v", Some(&volume)).await.unwrap();
     contains(&refused(rig.create(wanted("v")).await, Code::Aborted), &["being deleted"]);
+    let other = CreateVolumeRequest { capacity_range: Some(range(2 * GIB, 0)), ..wanted("v") };
+    contains(&refused(rig.create(other).await, Code::Aborted), &["being deleted"]);
 }
 
 #[tokio::test]
@@ -262,5 +264,19 @@ async fn a_volume_that_another_call_deleted_meanwhile_is_not_answered() {
     // Another replica: nobody claimed it, so it goes at once.
     rig.replica().delete_volume(within(1000, crate::rig::delete("v"))).await.unwrap();
     contains(&refused(first.await.unwrap(), Code::Aborted), &["deleted in the meantime"]);
-    assert_eq!(rig.volume("v").await.map(|volume| volume.status.unwrap_or_default().phase), None::<VolumePhase>);
+    assert!(rig.volume("v").await.is_none());
+}
+
+#[tokio::test]
+async fn a_volume_that_replaced_the_one_that_is_waited_for_is_not_answered() {
+    let rig = Rig::new();
+    rig.disks("a", &[8, 8]).await;
+    let controller = rig.controller.clone();
+    let first = tokio::spawn(async move { controller.create_volume(within(5000, wanted("v"))).await });
+    while rig.volume("v").await.is_none() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    rig.replace("v", |text, uid| text.replace(uid, "another-uid"));
+    contains(&refused(first.await.unwrap(), Code::Aborted), &["deleted in the meantime"]);
+    assert_eq!(rig.volume("v").await.unwrap().meta().uid.as_deref(), Some("another-uid"));
 }

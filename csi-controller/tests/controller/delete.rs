@@ -60,14 +60,10 @@ async fn a_new_volume_of_the_same_name_is_not_waited_for() {
     while rig.volume("v").await.unwrap().meta().deletion_timestamp.is_none() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    // By rename over the old file, so that no moment is without an object.
-    let path = rig.file("v");
-    let text = std::fs::read_to_string(&path).unwrap();
-    let old = rig.volume("v").await.unwrap();
-    let lines: Vec<&str> = text.lines().filter(|line| !line.contains("deletionTimestamp")).collect();
-    let beside = path.with_extension("new");
-    std::fs::write(&beside, lines.join("\n").replace(old.meta().uid.as_ref().unwrap(), "another-uid")).unwrap();
-    std::fs::rename(beside, &path).unwrap();
+    rig.replace("v", |text, uid| {
+        let lines: Vec<&str> = text.lines().filter(|line| !line.contains("deletionTimestamp")).collect();
+        lines.join("\n").replace(uid, "another-uid")
+    });
     call.await.unwrap().unwrap();
     assert!(rig.volume("v").await.unwrap().meta().deletion_timestamp.is_none());
 }

@@ -112,15 +112,25 @@ impl Rig {
         self.store.create(lease).await.unwrap();
     }
 
-    pub fn file(&self, name: &str) -> PathBuf {
+    fn file(&self, name: &str) -> PathBuf {
         self.dir.path().join("mirrorvolumes").join(format!("{name}.yaml"))
+    }
+
+    /// Replaces the file of an object, which never is without one. `change` gets its text and its UID.
+    pub fn replace(&self, name: &str, change: impl FnOnce(&str, &str) -> String) {
+        let (path, beside) = (self.file(name), self.file(name).with_extension("new"));
+        let text = fs::read_to_string(&path).unwrap();
+        let uid = text.lines().find_map(|line| line.trim_start().strip_prefix("uid: ")).unwrap();
+        fs::write(&beside, change(&text, uid)).unwrap();
+        fs::rename(beside, path).unwrap();
     }
 
     /// Makes an object look as if it were made years ago.
     pub fn age(&self, name: &str) {
-        let text = fs::read_to_string(self.file(name)).unwrap();
-        let line = text.lines().find(|line| line.trim_start().starts_with("creationTimestamp:")).unwrap();
-        fs::write(self.file(name), text.replace(line, "  creationTimestamp: \"2020-01-01T00:00:00Z\"")).unwrap();
+        self.replace(name, |text, _| {
+            let line = text.lines().find(|line| line.trim_start().starts_with("creationTimestamp:")).unwrap();
+            text.replace(line, "  creationTimestamp: \"2020-01-01T00:00:00Z\"")
+        });
     }
 
     /// Damages the file of an object of this kind.
