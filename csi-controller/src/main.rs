@@ -11,7 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 /// Lockstep's CSI controller: serves CSI's Identity and Controller services on a unix socket. It only works on objects and may run
 /// anywhere, as any user. What it logs is set with LOCKSTEP_LOG (error, warn, info, debug).
 #[derive(Debug, Parser)]
-#[command(name = "lockstep-csi-controller", version)]
+#[command(version)]
 struct Arguments {
     /// Where to serve: a unix socket, written unix:// and its absolute path. Only this user can connect.
     #[arg(long, value_name = "ENDPOINT", default_value = "unix:///run/lockstep/controller.sock")]

@@ -323,9 +323,9 @@ impl Volume {
             }
             _ => info!(?notice),
         }
-        self.publish();
-        // Nobody listens: nobody wants to know.
+        // Before the status that it leads to: who sees the status can know why. Nobody listens: nobody wants to know.
         drop(self.notices.send(notice));
+        self.publish();
     }
 
     fn publish(&self) {

@@ -2,11 +2,13 @@
 
 use std::io::{self, IsTerminal};
 
-use tracing::level_filters::LevelFilter;
 use tracing_subscriber::EnvFilter;
 
 /// The environment variable that says what is logged, e.g. `debug` or `lockstep_csi_controller=debug,info`.
 pub const VARIABLE: &str = "LOCKSTEP_LOG";
+
+/// What is logged without it. notify tells of watches that are gone, which is no news.
+const DEFAULT: &str = "info,notify=warn";
 
 /// Why nothing can be logged.
 #[derive(Debug, thiserror::Error)]
@@ -24,7 +26,10 @@ pub enum LoggingError {
 /// # Errors
 /// If the variable is not understood, or logging was set up before.
 pub fn init() -> Result<(), LoggingError> {
-    let filter = EnvFilter::builder().with_default_directive(LevelFilter::INFO.into()).with_env_var(VARIABLE).from_env()?;
+    let filter = match std::env::var_os(VARIABLE) {
+        Some(_) => EnvFilter::try_from_env(VARIABLE)?,
+        None => EnvFilter::new(DEFAULT),
+    };
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(io::stderr().is_terminal()).try_init()?;
     Ok(())
 }

@@ -7,6 +7,7 @@ use lockstep_store::{Error, Store};
 use sha2::{Digest, Sha256};
 
 use super::Disks;
+use crate::legs::OVERHEAD;
 
 impl Disks {
     /// What the objects should say, by name. Disks that are ours are named by their file system; what is refused has none, and is named
@@ -15,7 +16,8 @@ impl Disks {
         let ours = self.all().into_iter().map(|disk| {
             let status = LocalDiskStatus {
                 identity: Some(disk.identity),
-                capacity_bytes: disk.capacity,
+                // What is said to be free, one volume can have.
+                capacity_bytes: disk.capacity.saturating_sub(OVERHEAD),
                 allocated_bytes: disk.allocated,
                 phase: disk.phase,
                 message: disk.message,

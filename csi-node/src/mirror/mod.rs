@@ -21,13 +21,14 @@ use lockstep_datapath::{
     LegPath, Volume, VolumeSpec,
     core::{
         io::Notice,
+        status::Status,
         units::{BLOCK_SIZE, Epoch, LegId, Slot},
     },
     remove_leftovers,
 };
 use lockstep_proto::objects::MirrorVolume;
 use lockstep_store::Store;
-use tokio::sync::{broadcast::error::RecvError, watch};
+use tokio::sync::{broadcast::error::TryRecvError, watch};
 use tracing::{Instrument, info, warn};
 
 use crate::{
@@ -131,7 +132,7 @@ impl<S: Store> Node<S> {
             closing: watch::Sender::new(false),
         });
         self.open.lock().unwrap_or_else(PoisonError::into_inner).insert(uid, Arc::clone(&open));
-        let span = tracing::info_span!("mirror", id = open.id);
+        let span = tracing::info_span!(parent: None, "mirror", id = open.id);
         tokio::spawn(Arc::clone(self).look_after(Arc::clone(&open)).instrument(span));
         Ok(open)
     }
@@ -183,6 +184,15 @@ impl<S: Store> Node<S> {
                 return;
             }
             let snapshot = *status.borrow_and_update();
+            // Before any leg is attached: a notice names a slot, and means the leg that was in it.
+            loop {
+                match notices.try_recv() {
+                    Ok(notice) => self.noticed(&open, &snapshot, &notice),
+                    Err(TryRecvError::Lagged(missed)) => warn!(missed, "notices were missed: the status has what counts"),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Closed) => return,
+                }
+            }
             let legs_changed = self.fill_legs(&open, &snapshot, &mut patience).await;
             if let Err(error) = self.report(&open, &snapshot, &mut health).await {
                 warn!(%error, "the volume's object does not say what is; tried again");
@@ -193,23 +203,15 @@ impl<S: Store> Node<S> {
             tokio::select! {
                 changed = status.changed() => if changed.is_err() { return },
                 changed = disks.changed() => if changed.is_err() { return },
-                notice = notices.recv() => match notice {
-                    Ok(notice) => self.noticed(&open, &notice),
-                    Err(RecvError::Lagged(missed)) => warn!(missed, "notices were missed: the status has what counts"),
-                    Err(RecvError::Closed) => return,
-                },
                 _ = closing.changed() => return,
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
-            }
-            while let Ok(notice) = notices.try_recv() {
-                self.noticed(&open, &notice);
             }
             tokio::time::sleep(PACE).await;
         }
     }
 
-    fn noticed(&self, open: &OpenVolume, notice: &Notice) {
-        let leg = |slot: Slot| open.volume.status().borrow().legs[slot.index()].id;
+    fn noticed(&self, open: &OpenVolume, status: &Status, notice: &Notice) {
+        let leg = |slot: Slot| status.legs[slot.index()].id;
         match notice {
             Notice::LegFailed { slot, error } => {
                 let leg = leg(*slot);

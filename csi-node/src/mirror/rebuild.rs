@@ -8,7 +8,7 @@ use lockstep_datapath::{
         format,
         io::Fill,
         status::{LegState, Status, Sync},
-        units::{BLOCK_SIZE, LegId, Slot},
+        units::{BLOCK_SIZE, Errno, LegId, Slot},
     },
     create_leg,
 };
@@ -23,8 +23,10 @@ use crate::{
     node::{Node, blocking},
 };
 
-/// After a leg could not be attached, it is not tried again at once.
+/// After a leg could not be attached, it is not tried again at once;
 const RETRY: Duration = Duration::from_secs(10);
+/// sooner, if the lost one's last I/O was not over.
+const RETRY_BUSY: Duration = Duration::from_millis(500);
 
 /// When the next try may be made.
 #[derive(Debug, Default)]
@@ -72,8 +74,11 @@ impl<S: Store> Node<S> {
                 false
             }
             Err(error) => {
-                warn!(%error, "the missing copy cannot be made; tried again");
-                patience.not_before = Some(Instant::now() + RETRY);
+                let busy = matches!(error, Error::Datapath(lockstep_datapath::Error::Mirror(Errno::EBUSY)));
+                if !busy {
+                    warn!(%error, "the missing copy cannot be made; tried again");
+                }
+                patience.not_before = Some(Instant::now() + if busy { RETRY_BUSY } else { RETRY });
                 false
             }
         }

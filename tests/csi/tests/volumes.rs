@@ -1,12 +1,16 @@
 //! The life of a volume, call by call.
 #![allow(missing_docs)]
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    io::{Seek, SeekFrom, Write},
+};
 
 use lockstep_csi_tests::{
-    client::{Client, Place, capability},
+    client::{Client, Place, capability, create_request},
     driver::Driver,
     lab::{Lab, alone, identical, text},
+    load,
 };
 use lockstep_native::{run, succeeds};
 use lockstep_proto::{
@@ -53,5 +57,169 @@ async fn a_file_system_lives_on_two_identical_copies_that_can_each_be_read_alone
         assert!(copies.iter().all(|copy| !copy.exists()), "its legs are gone");
         assert!(driver.disks().await.iter().all(|disk| disk.status.as_ref().unwrap().phase == DiskPhase::Ready));
     }
+    driver.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bare_device_is_verified_under_load_and_a_flipped_byte_is_found() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    let place = place(&lab, &driver, "block", 400 * MIB, None).await;
+    place.up(&driver.client).await.unwrap();
+    assert!(load::on_device(&place.target, 8).succeeded(), "fio found an error");
+    let usage = driver.client.usage(&place.id, &place.target).await.unwrap();
+    assert_eq!(usage.iter().map(|usage| (usage.unit(), usage.total)).collect::<Vec<_>>(), [(Unit::Bytes, 400 << 20)]);
+    place.down(&driver.client).await.unwrap();
+    let copies = driver.copies(&place.id).await;
+    assert!(identical(&copies[0], &copies[1]), "the copies differ");
+    // The comparison can fail.
+    let mut copy = fs::OpenOptions::new().read(true).write(true).open(&copies[0]).unwrap();
+    copy.seek(SeekFrom::Start(400 * MIB - 1)).unwrap();
+    let last = *fs::read(&copies[1]).unwrap().last().unwrap();
+    copy.write_all(&[!last]).unwrap();
+    copy.sync_all().unwrap();
+    assert!(!identical(&copies[0], &copies[1]), "a flipped byte was not found");
+    driver.client.delete(&place.id).await.unwrap();
+    driver.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_call_can_be_repeated_and_what_does_not_fit_is_refused() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    let client = driver.client.clone();
+    let place = place(&lab, &driver, "again", 64 * MIB, Some("ext4")).await;
+    assert_eq!(client.create("again", 64 * MIB, Some("ext4")).await.unwrap().volume_id, place.id);
+    assert_eq!(client.create("again", 65 * MIB, Some("ext4")).await.unwrap_err().code(), Code::AlreadyExists);
+    assert_eq!(client.publish(&place.id, &place.staging, &place.target, Some("ext4")).await.unwrap_err().code(), Code::FailedPrecondition);
+    for _ in 0..3 {
+        place.up(&client).await.unwrap();
+    }
+    let elsewhere = lab.path("elsewhere");
+    assert_eq!(client.stage(&place.id, &elsewhere, Some("ext4")).await.unwrap_err().code(), Code::AlreadyExists);
+    assert_eq!(client.stage(&place.id, &place.staging, Some("xfs")).await.unwrap_err().code(), Code::InvalidArgument);
+    assert_eq!(client.publish(&place.id, &place.staging, &elsewhere, Some("ext4")).await.unwrap_err().code(), Code::FailedPrecondition);
+    assert!(!elsewhere.exists(), "a refused target is not left behind");
+    let mut read_only = Client::publish_request(&place.id, &place.staging, &place.target, Some("ext4"));
+    read_only.readonly = true;
+    assert_eq!(client.node().node_publish_volume(read_only.clone()).await.unwrap_err().code(), Code::AlreadyExists);
+    assert_eq!(client.unstage(&place.id, &place.staging).await.unwrap_err().code(), Code::FailedPrecondition, "it is published");
+
+    // More than one target, one of them read-only, where the access mode allows it.
+    let shared = capability(Some("ext4"), Mode::SingleNodeMultiWriter);
+    read_only.target_path = text(&elsewhere).into();
+    read_only.volume_capability = Some(shared);
+    client.node().node_publish_volume(read_only).await.unwrap();
+    fs::write(place.target.join("f"), "x").unwrap();
+    assert_eq!(fs::read_to_string(elsewhere.join("f")).unwrap(), "x");
+    assert_eq!(fs::write(elsewhere.join("g"), "x").unwrap_err().kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+    client.unpublish(&place.id, &elsewhere).await.unwrap();
+
+    for _ in 0..3 {
+        place.down(&client).await.unwrap();
+    }
+    for _ in 0..2 {
+        client.delete(&place.id).await.unwrap();
+    }
+    assert_eq!(client.stage(&place.id, &place.staging, Some("ext4")).await.unwrap_err().code(), Code::NotFound);
+    driver.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_grows_while_it_is_used_and_again_at_its_next_stage() {
+    let lab = Lab::new(2, 2000);
+    let mut driver = Driver::start(&lab).await;
+    let client = driver.client.clone();
+    // XFS, because growing a mounted ext4 takes CAP_SYS_RESOURCE, which not every machine that runs this has.
+    let place = place(&lab, &driver, "grows", 320 * MIB, Some("xfs")).await;
+    place.up(&client).await.unwrap();
+    let size = async || client.usage(&place.id, &place.target).await.unwrap()[0].total;
+    let before = size().await;
+    assert_eq!(client.node_expand(&place.id, &place.target, 640 * MIB).await.unwrap_err().code(), Code::FailedPrecondition);
+    assert_eq!(client.controller_expand(&place.id, 640 * MIB).await.unwrap(), 640 << 20);
+    assert_eq!(client.node_expand(&place.id, &place.target, 640 * MIB).await.unwrap(), 640 << 20);
+    assert!(size().await > before + (300 << 20));
+    let refused = client.controller_expand(&place.id, 4000 * MIB).await.unwrap_err();
+    assert_eq!(refused.code(), Code::OutOfRange, "{refused}");
+    place.down(&client).await.unwrap();
+    // Without being staged: the next stage gives it the rest.
+    assert_eq!(client.controller_expand(&place.id, 960 * MIB).await.unwrap(), 960 << 20);
+    place.up(&client).await.unwrap();
+    assert!(size().await > before + (600 << 20));
+    let file = place.target.join("big");
+    run("dd", &["if=/dev/urandom", &format!("of={}", text(&file)), "bs=1M", "count=700", "conv=fsync", "status=none"]);
+    place.down(&client).await.unwrap();
+    let copies = driver.copies(&place.id).await;
+    assert!(identical(&copies[0], &copies[1]), "the copies differ");
+
+    // ext4 grows before it is mounted.
+    client.delete(&place.id).await.unwrap();
+    let ext4 = self::place(&lab, &driver, "ext4", 64 * MIB, Some("ext4")).await;
+    ext4.up(&client).await.unwrap();
+    let before = client.usage(&ext4.id, &ext4.target).await.unwrap()[0].total;
+    ext4.down(&client).await.unwrap();
+    client.controller_expand(&ext4.id, 128 * MIB).await.unwrap();
+    ext4.up(&client).await.unwrap();
+    assert!(client.usage(&ext4.id, &ext4.target).await.unwrap()[0].total > before + (50 << 20));
+    ext4.down(&client).await.unwrap();
+    driver.stop();
+}
+
+/// What was admitted can be filled to the last block: after mkfs, after fstrim, on disks that are full to the brim.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thick_volume_on_full_disks_never_runs_out_of_space() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    let client = driver.client.clone();
+    let request = lockstep_proto::csi::GetCapacityRequest::default();
+    let largest = client.controller().get_capacity(request).await.unwrap().into_inner().maximum_volume_size.unwrap();
+    let bytes = u64::try_from(largest).unwrap();
+    assert!(bytes > 1200 * MIB, "{bytes}");
+    let place = place(&lab, &driver, "full", bytes, Some("xfs")).await;
+    let more = client.create("more", 8 * MIB, None).await.unwrap_err();
+    assert_eq!(more.code(), Code::ResourceExhausted, "{more}");
+    place.up(&client).await.unwrap();
+    let fill = || {
+        // Until the file system on the volume is full; the volume itself must take every block.
+        succeeds("dd", &["if=/dev/urandom", &format!("of={}", text(&place.target.join("fill"))), "bs=1M", "oflag=direct", "status=none"])
+    };
+    assert!(!fill(), "it is not full");
+    fs::remove_file(place.target.join("fill")).unwrap();
+    run("fstrim", &[text(&place.target)]);
+    assert!(!fill(), "it is not full");
+    let health = driver.volume(&place.id).await.status.unwrap();
+    assert!(health.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.reason == "Healthy"), "{health:?}");
+    run("sync", &["-f", text(&place.target)]);
+    place.down(&client).await.unwrap();
+    // The raw device, to its last byte.
+    let device = place.clone();
+    client.delete(&device.id).await.unwrap();
+    let block = self::place(&lab, &driver, "raw", bytes, None).await;
+    block.up(&client).await.unwrap();
+    let of = format!("of={}", text(&block.target));
+    run("dd", &["if=/dev/urandom", &of, "bs=1M", &format!("count={}", bytes / MIB), "oflag=direct", "status=none"]);
+    block.down(&client).await.unwrap();
+    let copies = driver.copies(&block.id).await;
+    assert!(identical(&copies[0], &copies[1]), "the copies differ");
+    driver.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_volume_costs_no_resync_and_a_clean_stop_leaves_none() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    let client = driver.client.clone();
+    let place = place(&lab, &driver, "new", 1024 * MIB, Some("ext4")).await;
+    for _ in 0..2 {
+        place.up(&client).await.unwrap();
+        fs::write(place.target.join("f"), "x").unwrap();
+        place.down(&client).await.unwrap();
+        let status = driver.volume(&place.id).await.status.unwrap();
+        let copied = status.conditions.iter().find(|condition| condition.type_ == "Rebuilding").unwrap();
+        assert!(copied.message.starts_with("nothing had to be copied"), "{}", copied.message);
+        assert_eq!(status.device, None);
+    }
+    let wrong = create_request("new", 1024 * MIB, Some("xfs"));
+    assert_eq!(client.controller().create_volume(wrong).await.unwrap_err().code(), Code::AlreadyExists);
     driver.stop();
 }

@@ -228,7 +228,12 @@ async fn clean_up(demo: Demo) -> anyhow::Result<()> {
     story.step("cleaning up");
     driver.client.delete(&place.id).await?;
     ensure!(
-        driver.disks().await.iter().filter_map(|disk| disk.status.as_ref()).all(|disk| disk.allocated_bytes == 0 || !disk.message.is_empty()),
+        driver
+            .disks()
+            .await
+            .iter()
+            .filter_map(|disk| disk.status.as_ref())
+            .all(|disk| disk.allocated_bytes == 0 || !disk.message.is_empty()),
         "space is left in use"
     );
     driver.stop();

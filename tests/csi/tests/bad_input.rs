@@ -1,0 +1,217 @@
+//! Bad input: each gets an error that names the thing and the remedy, and nothing is lost or half-made.
+#![allow(missing_docs)]
+
+use std::{
+    fs::{self, OpenOptions},
+    io::{Seek, SeekFrom, Write},
+};
+
+use lockstep_csi_tests::{
+    client::{Client, Place, create_request},
+    driver::{Driver, until},
+    lab::{Lab, text},
+};
+use lockstep_native::run;
+use lockstep_proto::objects::{DiskPhase, LocalDisk, MirrorVolume};
+use lockstep_store::Store;
+use tonic::{Code, Status};
+
+const MIB: u64 = 1 << 20;
+
+fn place(lab: &Lab, id: String, fs_type: Option<&'static str>) -> Place {
+    Place { staging: lab.path(&format!("staging-{id}")), target: lab.path(&format!("target-{id}")), id, fs_type }
+}
+
+fn says(error: &Status, code: Code, named: &[&str]) {
+    assert_eq!(error.code(), code, "{error}");
+    for name in named {
+        assert!(error.message().contains(name), "{name:?} is not in {:?}", error.message());
+    }
+}
+
+async fn create(client: &Client, change: impl FnOnce(&mut lockstep_proto::csi::CreateVolumeRequest)) -> Result<String, Status> {
+    let mut request = create_request("v", 64 * MIB, None);
+    change(&mut request);
+    Ok(client.controller().create_volume(request).await?.into_inner().volume.unwrap().volume_id)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_request_is_refused_by_name_and_leaves_nothing() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    let client = driver.client.clone();
+    for (name, value) in [("replicas", "3"), ("provisioning", "thin"), ("transport", "warp")] {
+        let refused = create(&client, |request| drop(request.parameters.insert(name.into(), value.into()))).await.unwrap_err();
+        says(&refused, Code::InvalidArgument, &[name]);
+    }
+    for (required, limit, code) in [(-1, 0, Code::OutOfRange), (2 << 20, 1 << 20, Code::OutOfRange), (1 << 40, 0, Code::ResourceExhausted)]
+    {
+        let refused = create(&client, |request| {
+            let range = request.capacity_range.as_mut().unwrap();
+            (range.required_bytes, range.limit_bytes) = (required, limit);
+        });
+        says(&refused.await.unwrap_err(), code, &[]);
+    }
+    says(&create(&client, |request| request.name = "n".repeat(129)).await.unwrap_err(), Code::InvalidArgument, &["129", "128"]);
+    says(
+        &create(&client, |request| request.volume_capabilities.clear()).await.unwrap_err(),
+        Code::InvalidArgument,
+        &["volume_capabilities"],
+    );
+    assert!(driver.store.list::<MirrorVolume>().await.unwrap().objects.is_empty());
+
+    // Legal, if odd: a slash, capitals, the longest name; a size of 0 is the default.
+    for name in ["a/b".to_owned(), "../../etc".into(), "N".repeat(128)] {
+        let id = create(&client, |request| request.name.clone_from(&name)).await.unwrap();
+        let object = driver.volume(&id).await;
+        assert_eq!(object.spec.csi_name, name);
+        client.delete(&id).await.unwrap();
+    }
+    let id = create(&client, |request| request.capacity_range = None).await.unwrap();
+    assert_eq!(driver.volume(&id).await.status.unwrap().capacity_bytes, 1 << 30);
+    client.delete(&id).await.unwrap();
+    driver.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_path_that_cannot_be_is_refused_and_left_alone() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    let client = driver.client.clone();
+    let place = place(&lab, client.create("v", 64 * MIB, Some("ext4")).await.unwrap().volume_id, Some("ext4"));
+    fs::write(&place.staging, "mine").unwrap();
+    let refused = place.up(&client).await.unwrap_err();
+    says(&refused, Code::InvalidArgument, &["staging_target_path", text(&place.staging), "is a file"]);
+    assert_eq!(fs::read_to_string(&place.staging).unwrap(), "mine");
+    assert_eq!(driver.volume(&place.id).await.status.unwrap().device, None, "nothing is half-staged");
+    fs::remove_file(&place.staging).unwrap();
+    client.stage(&place.id, &place.staging, Some("ext4")).await.unwrap();
+    fs::write(&place.target, "mine").unwrap();
+    let refused = place.up(&client).await.unwrap_err();
+    says(&refused, Code::InvalidArgument, &["target_path", "is a file"]);
+    let refused = client.unpublish(&place.id, &place.target).await.unwrap_err();
+    says(&refused, Code::FailedPrecondition, &["not empty"]);
+    assert_eq!(fs::read_to_string(&place.target).unwrap(), "mine");
+    client.unstage(&place.id, &place.staging).await.unwrap();
+    driver.stop();
+}
+
+async fn refused(driver: &Driver, named: &str) -> LocalDisk {
+    until(&format!("a disk refused for {named}"), || async {
+        let disks = driver.disks().await;
+        disks.into_iter().find(|disk| {
+            let status = disk.status.clone().unwrap_or_default();
+            status.phase == DiskPhase::Refused && status.message.contains(named)
+        })
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_not_blank_is_refused_by_what_is_on_it_and_not_touched() {
+    let mut lab = Lab::new(5, 1500);
+    let small = lab.add_disk(100);
+    run("mkfs.ext4", &["-q", text(lab.device(0))]);
+    run("mkswap", &[text(lab.device(1))]);
+    run("mkfs.xfs", &["-q", "-L", "lockstep", text(lab.device(2))]);
+    let mounted = lab.path("mounted");
+    fs::create_dir(&mounted).unwrap();
+    run("mount", &[text(lab.device(2)), text(&mounted)]);
+    fs::write(mounted.join("precious"), "data").unwrap();
+    std::process::Command::new("sfdisk")
+        .arg(lab.device(3))
+        .stdin(pipe("label: gpt\n"))
+        .stdout(std::process::Stdio::null())
+        .status()
+        .unwrap();
+    // The same physical disk a second time.
+    let twice = run("losetup", &["--find", "--show", text(&lab.path("disk4.img"))]);
+    std::os::unix::fs::symlink(twice.trim(), lab.path("disks/twice")).unwrap();
+    fs::write(lab.path("disks/file"), "not a disk").unwrap();
+    let before = run("md5sum", &[text(&lab.path("disk0.img"))]);
+    let driver = Driver::start(&lab).await;
+    for named in
+        ["ext4", "swap", "it is mounted at", "gpt partition table", "too small: 100 MiB", "the same file system as", "not a block device"]
+    {
+        refused(&driver, named).await;
+    }
+    let ext4 = refused(&driver, "ext4").await.status.unwrap();
+    assert!(ext4.message.contains("wipefs --all /dev/loop"), "{}", ext4.message);
+    assert_eq!(run("md5sum", &[text(&lab.path("disk0.img"))]), before, "it was written to");
+    assert!(lab.mount_of(small).is_none());
+    let no_pair = driver.client.create("v", 64 * MIB, None).await.unwrap_err();
+    says(&no_pair, Code::ResourceExhausted, &["two"]);
+
+    // Ours by its label, but it has files that are not.
+    run("umount", &[text(&mounted)]);
+    refused(&driver, "other files are there").await;
+    // Wiped: it is claimed.
+    run("wipefs", &["--all", "--quiet", text(lab.device(0))]);
+    until("a second disk", || async { driver.client.create("v", 64 * MIB, None).await.ok() }).await;
+    run("losetup", &["-d", twice.trim()]);
+}
+
+fn pipe(text: &str) -> std::process::Stdio {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file.rewind().unwrap();
+    file.into()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_metadata_takes_a_copy_out_and_never_the_volume() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    let place = place(&lab, driver.client.create("v", 64 * MIB, Some("ext4")).await.unwrap().volume_id, Some("ext4"));
+    place.up(&driver.client).await.unwrap();
+    fs::write(place.target.join("f"), "x").unwrap();
+    place.down(&driver.client).await.unwrap();
+    let metas = async |driver: &Driver| driver.copies(&place.id).await.iter().map(|copy| copy.with_file_name("meta")).collect::<Vec<_>>();
+    let damage = |meta: &std::path::Path| {
+        let mut meta = OpenOptions::new().write(true).open(meta).unwrap();
+        meta.seek(SeekFrom::Start(0)).unwrap();
+        meta.write_all(&[0xff; 8192]).unwrap();
+        meta.sync_all().unwrap();
+    };
+    damage(&metas(&driver).await[1]);
+    place.up(&driver.client).await.unwrap();
+    assert_eq!(fs::read_to_string(place.target.join("f")).unwrap(), "x");
+    // The copy is made again, on the same disk, since there is no other.
+    until("healthy", || async {
+        let status = driver.volume(&place.id).await.status?;
+        status.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.reason == "Healthy").then_some(())
+    })
+    .await;
+    place.down(&driver.client).await.unwrap();
+    for meta in metas(&driver).await {
+        damage(&meta);
+    }
+    let refused = place.up(&driver.client).await.unwrap_err();
+    says(&refused, Code::FailedPrecondition, &["no readable leg"]);
+    assert!(driver.copies(&place.id).await.iter().all(|copy| copy.exists()), "nothing is thrown away");
+    driver.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unreadable_object_is_named_and_left_alone() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    let id = driver.client.create("v", 64 * MIB, None).await.unwrap().volume_id;
+    let path = lab.path(&format!("driver/objects/mirrorvolumes/{id}.yaml"));
+    let good = fs::read(&path).unwrap();
+    fs::write(&path, "spec: [").unwrap();
+    let place = place(&lab, id.clone(), None);
+    let refused = place.up(&driver.client).await.unwrap_err();
+    says(&refused, Code::Internal, &["v.yaml", "Repair it"]);
+    assert!(driver.client.delete(&id).await.unwrap_err().message().contains("v.yaml"));
+    assert_eq!(fs::read_to_string(&path).unwrap(), "spec: [");
+    // Another volume goes on.
+    let other = self::place(&lab, driver.client.create("w", 64 * MIB, None).await.unwrap().volume_id, None);
+    other.up(&driver.client).await.unwrap();
+    other.down(&driver.client).await.unwrap();
+    fs::write(&path, good).unwrap();
+    place.up(&driver.client).await.unwrap();
+    place.down(&driver.client).await.unwrap();
+    driver.client.delete(&id).await.unwrap();
+    driver.stop();
+}

@@ -1,0 +1,278 @@
+//! What breaks below a volume, and in the middle of a call.
+#![allow(missing_docs)]
+
+use std::{fs, path::Path, time::Duration};
+
+use lockstep_csi_tests::{
+    client::Place,
+    driver::{Driver, until},
+    lab::{Lab, identical, text},
+    load,
+};
+use lockstep_native::{run, succeeds};
+use lockstep_proto::objects::{DiskPhase, FormatState, LegState, MirrorVolumeStatus};
+
+const MIB: u64 = 1 << 20;
+
+async fn volume(lab: &Lab, driver: &Driver, name: &str, bytes: u64, fs_type: Option<&'static str>) -> Place {
+    let volume = driver.client.create(name, bytes, fs_type).await.expect("it is created");
+    Place { id: volume.volume_id, fs_type, staging: lab.path(&format!("staging-{name}")), target: lab.path(&format!("target-{name}")) }
+}
+
+async fn status(driver: &Driver, id: &str) -> MirrorVolumeStatus {
+    driver.volume(id).await.status.expect("a volume has a status")
+}
+
+async fn until_ready_is(driver: &Driver, id: &str, reason: &str) -> MirrorVolumeStatus {
+    until(reason, || async {
+        let status = status(driver, id).await;
+        status.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.reason == reason).then_some(status)
+    })
+    .await
+}
+
+/// The lab's number of the disk that the second leg is on.
+async fn disk_of_leg(lab: &Lab, driver: &Driver, id: &str, leg: usize) -> usize {
+    let disk = status(driver, id).await.legs[leg].disk.clone();
+    (0..8).find(|number| lab.mount_of(*number).is_some_and(|mount| mount.ends_with(&disk))).expect("the leg's disk is mounted")
+}
+
+/// All of it under load: a disk is lost, nobody notices; a new one is claimed, the volume rebuilds by itself; the old disk comes back, and
+/// what is on it goes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_disk_is_replaced_by_a_new_one_under_load_and_the_old_copy_goes_when_it_returns() {
+    let mut lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let place = volume(&lab, &driver, "db", 512 * MIB, Some("ext4")).await;
+    place.up(&driver.client).await.unwrap();
+    until_ready_is(&driver, &place.id, "Healthy").await;
+    let mut load = load::on_files(&place.target, 25);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let lost = disk_of_leg(&lab, &driver, &place.id, 1).await;
+    let lost_name = status(&driver, &place.id).await.legs[1].disk.clone();
+    lab.fail_disk(lost);
+    let degraded = until_ready_is(&driver, &place.id, "Degraded").await;
+    let message = &degraded.conditions.iter().find(|condition| condition.type_ == "Degraded").unwrap().message;
+    assert!(message.contains("add a disk"), "{message}");
+    assert_eq!((degraded.legs[0].state, degraded.legs[1].state), (LegState::In, LegState::Out));
+    let disk = driver.disks().await.into_iter().find(|disk| disk.metadata.name.as_ref() == Some(&lost_name)).unwrap();
+    assert_eq!(disk.status.unwrap().phase, DiskPhase::Failed);
+    let log = fs::read_to_string(driver.node_log()).unwrap();
+    assert!(log.contains("MirrorDegraded") && log.contains("DiskFailed"), "{log}");
+
+    lab.add_disk(1200);
+    let healthy = until_ready_is(&driver, &place.id, "Healthy").await;
+    assert!(healthy.legs.iter().all(|leg| leg.state == LegState::In && leg.disk != lost_name), "{healthy:?}");
+    assert!(load.runs(), "the load was over before the rebuild");
+    assert!(load.succeeded(), "the load saw an error");
+
+    // Pulled, plugged in again: it is used again, and its old copy, which nobody counts on, is removed.
+    until("unmounted", || async { lab.mount_of(lost).is_none().then_some(()) }).await;
+    lab.pull_disk(lost);
+    let log = || fs::read_to_string(driver.node_log()).unwrap();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    lab.plug_disk(lost);
+    until("used again", || async {
+        let disks = driver.disks().await;
+        let disk = disks.into_iter().find(|disk| disk.metadata.name.as_ref() == Some(&lost_name))?.status?;
+        (disk.phase == DiskPhase::Ready && disk.allocated_bytes == 0).then_some(())
+    })
+    .await;
+    assert!(log().contains("a copy that was replaced is removed"));
+    place.down(&driver.client).await.unwrap();
+    let copies = driver.copies(&place.id).await;
+    assert!(identical(&copies[0], &copies[1]), "the copies differ");
+    driver.client.delete(&place.id).await.unwrap();
+    driver.stop();
+}
+
+/// The same disk comes back before another one was there: it gets what it missed and no more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_comes_back_gets_only_what_it_missed() {
+    let mut lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let place = volume(&lab, &driver, "back", 512 * MIB, Some("ext4")).await;
+    place.up(&driver.client).await.unwrap();
+    let fill = format!("of={}", text(&place.target.join("fill")));
+    run("dd", &["if=/dev/urandom", &fill, "bs=1M", "count=300", "conv=fsync", "status=none"]);
+    // What was written is clean again: only what comes now is dirty.
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    let lost = disk_of_leg(&lab, &driver, &place.id, 1).await;
+    lab.fail_disk(lost);
+    fs::write(place.target.join("missed"), "written while the disk was away").unwrap();
+    run("sync", &["-f", text(&place.target)]);
+    until_ready_is(&driver, &place.id, "Degraded").await;
+    until("unmounted", || async { lab.mount_of(lost).is_none().then_some(()) }).await;
+    lab.pull_disk(lost);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    lab.plug_disk(lost);
+    let healthy = until_ready_is(&driver, &place.id, "Healthy").await;
+    let message = &healthy.conditions.iter().find(|condition| condition.type_ == "Rebuilding").unwrap().message;
+    let copied: u64 = message.split(' ').next().unwrap().parse().unwrap_or_else(|_| panic!("{message}"));
+    assert!((1..256).contains(&copied), "{message}");
+    place.down(&driver.client).await.unwrap();
+    let copies = driver.copies(&place.id).await;
+    assert!(identical(&copies[0], &copies[1]), "the copies differ");
+    driver.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn csi_node_is_killed_with_volumes_mounted_and_they_are_staged_again() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    for fs_type in ["ext4", "xfs"] {
+        let place = volume(&lab, &driver, fs_type, 512 * MIB, Some(fs_type)).await;
+        place.up(&driver.client).await.unwrap();
+        for round in 0..2 {
+            let file = place.target.join(format!("f{round}"));
+            fs::write(&file, "fsynced").and_then(|()| fs::File::open(&file)?.sync_all()).unwrap();
+            driver.kill_node();
+            driver.start_node().await;
+            // Its device is dead; that is said, and nothing hangs.
+            assert!(!succeeds("stat", &[text(&place.target.join("not-cached"))]));
+            place.down(&driver.client).await.unwrap();
+            place.up(&driver.client).await.unwrap();
+            assert_eq!(fs::read_to_string(&file).unwrap(), "fsynced");
+        }
+        let healthy = until_ready_is(&driver, &place.id, "Healthy").await;
+        let message = &healthy.conditions.iter().find(|condition| condition.type_ == "Rebuilding").unwrap().message;
+        let copied: u64 = message.split(' ').next().unwrap().parse().unwrap_or_else(|_| panic!("{message}"));
+        assert!((1..512).contains(&copied), "{message}");
+        place.down(&driver.client).await.unwrap();
+        let copies = driver.copies(&place.id).await;
+        assert!(identical(&copies[0], &copies[1]), "the copies differ");
+    }
+    driver.stop();
+}
+
+/// mkfs killed in the middle: by hand, and with csi-node itself. The volume is not lost to it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_mkfs_does_not_brick_the_volume() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    let place = volume(&lab, &driver, "mkfs", 512 * MIB, Some("ext4")).await;
+    // What a mkfs that was killed leaves: the record says that it began, and some of it is on the device.
+    place.up(&driver.client).await.unwrap();
+    place.down(&driver.client).await.unwrap();
+    let mut object = driver.volume(&place.id).await;
+    object.status.as_mut().unwrap().format.state = FormatState::Formatting;
+    use lockstep_store::Store;
+    driver.store.update_status(object).await.unwrap();
+    place.up(&driver.client).await.unwrap();
+    fs::write(place.target.join("f"), "x").unwrap();
+    place.down(&driver.client).await.unwrap();
+    assert_eq!(status(&driver, &place.id).await.format.state, FormatState::Formatted);
+
+    // csi-node is killed at many moments of a first stage.
+    for round in 0..8u32 {
+        let place = volume(&lab, &driver, &format!("kill{round}"), 64 * MIB, Some("ext4")).await;
+        let (client, staged) = (driver.client.clone(), place.clone());
+        let stage = tokio::spawn(async move { staged.up(&client).await });
+        tokio::time::sleep(Duration::from_millis(u64::from(5 + round * 12))).await;
+        driver.kill_node();
+        drop(stage.await);
+        driver.start_node().await;
+        place.up(&driver.client).await.unwrap_or_else(|error| panic!("round {round}: {error}"));
+        fs::write(place.target.join("f"), "x").unwrap();
+        place.down(&driver.client).await.unwrap();
+        driver.client.delete(&place.id).await.unwrap();
+    }
+    driver.stop();
+}
+
+/// csi-node is killed while it makes and removes legs: nothing is half-made for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn csi_node_is_killed_while_it_allocates_and_deletes() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    for round in 0..8u32 {
+        let name = format!("v{round}");
+        let client = driver.client.clone();
+        let (creating, named) = (client.clone(), name.clone());
+        let create = tokio::spawn(async move { creating.create(&named, 256 * MIB, None).await });
+        tokio::time::sleep(Duration::from_millis(u64::from(4 + round * 4))).await;
+        driver.kill_node();
+        driver.start_node().await;
+        let created = create.await.unwrap();
+        let id = match created {
+            Ok(volume) => volume.volume_id,
+            Err(_) => client.create(&name, 256 * MIB, None).await.unwrap().volume_id,
+        };
+        let deleting = client.clone();
+        let gone = id.clone();
+        let delete = tokio::spawn(async move { deleting.delete(&gone).await });
+        tokio::time::sleep(Duration::from_millis(u64::from(1 + round * 3))).await;
+        driver.kill_node();
+        driver.start_node().await;
+        drop(delete.await);
+        client.delete(&id).await.unwrap();
+    }
+    until("all space free", || async {
+        driver.disks().await.iter().all(|disk| disk.status.as_ref().unwrap().allocated_bytes == 0).then_some(())
+    })
+    .await;
+    driver.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_that_is_deleted_while_a_disk_is_away_leaves_nothing_when_it_returns() {
+    let mut lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let place = volume(&lab, &driver, "gone", 256 * MIB, None).await;
+    place.up(&driver.client).await.unwrap();
+    let lost = disk_of_leg(&lab, &driver, &place.id, 1).await;
+    lab.fail_disk(lost);
+    // A write is how the mirror learns of it.
+    run("dd", &["if=/dev/zero", &format!("of={}", text(&place.target)), "bs=1M", "count=4", "oflag=direct", "conv=notrunc", "status=none"]);
+    until_ready_is(&driver, &place.id, "Degraded").await;
+    place.down(&driver.client).await.unwrap();
+    driver.client.delete(&place.id).await.unwrap();
+    until("unmounted", || async { lab.mount_of(lost).is_none().then_some(()) }).await;
+    lab.pull_disk(lost);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    lab.plug_disk(lost);
+    until("its space free", || async {
+        let disks = driver.disks().await;
+        let free = |disk: &lockstep_proto::objects::LocalDisk| {
+            disk.status.as_ref().is_some_and(|status| status.phase == DiskPhase::Ready && status.allocated_bytes == 0)
+        };
+        (disks.len() == 2 && disks.iter().all(free)).then_some(())
+    })
+    .await;
+    driver.stop();
+}
+
+/// Only the stale copy is there: it is not served.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stale_copy_alone_is_refused() {
+    let mut lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let place = volume(&lab, &driver, "stale", 128 * MIB, Some("ext4")).await;
+    place.up(&driver.client).await.unwrap();
+    let (survivor, lost) = (disk_of_leg(&lab, &driver, &place.id, 0).await, disk_of_leg(&lab, &driver, &place.id, 1).await);
+    lab.fail_disk(lost);
+    fs::write(place.target.join("f"), "only on one").and_then(|()| fs::File::open(place.target.join("f"))?.sync_all()).unwrap();
+    until_ready_is(&driver, &place.id, "Degraded").await;
+    place.down(&driver.client).await.unwrap();
+    // The survivor is pulled, the other one is back.
+    driver.kill_node();
+    for disk in [survivor, lost] {
+        if let Some(mount) = lab.mount_of(disk) {
+            run("umount", &[text(&mount)]);
+        }
+    }
+    lab.pull_disk(survivor);
+    driver.start_node().await;
+    let refused = place.up(&driver.client).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
+    assert!(refused.message().contains("stale") && refused.message().contains("bring the other leg's disk back"), "{refused}");
+    lab.plug_disk(survivor);
+    until("staged again", || async { place.up(&driver.client).await.ok() }).await;
+    assert_eq!(fs::read_to_string(place.target.join("f")).unwrap(), "only on one");
+    until_ready_is(&driver, &place.id, "Healthy").await;
+    place.down(&driver.client).await.unwrap();
+    let copies = driver.copies(&place.id).await;
+    assert!(identical(&copies[0], &copies[1]), "the copies differ");
+    assert!(copies.iter().all(|copy: &std::path::PathBuf| Path::new(copy).exists()));
+    driver.stop();
+}
