@@ -204,7 +204,7 @@ impl<S: Store> Node<S> {
                 changed = status.changed() => if changed.is_err() { return },
                 changed = disks.changed() => if changed.is_err() { return },
                 _ = closing.changed() => return,
-                () = tokio::time::sleep(LOOK_AGAIN) => {}
+                () = tokio::time::sleep(patience.lasts(LOOK_AGAIN)) => {}
             }
             tokio::time::sleep(PACE).await;
         }

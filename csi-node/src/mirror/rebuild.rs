@@ -36,6 +36,13 @@ pub(super) struct Patience {
     complained: bool,
 }
 
+impl Patience {
+    /// How long nothing needs to be looked at, if nothing changes.
+    pub(super) fn lasts(&self, at_most: Duration) -> Duration {
+        self.not_before.map_or(at_most, |at| at.saturating_duration_since(Instant::now()).min(at_most))
+    }
+}
+
 impl<S: Store> Node<S> {
     /// Attaches a leg where one is missing; removes those that were replaced, once both count. Says whether a leg was attached.
     pub(super) async fn fill_legs(&self, open: &OpenVolume, status: &Status, patience: &mut Patience) -> bool {
