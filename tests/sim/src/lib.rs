@@ -9,6 +9,8 @@
 //! A block's content is a token: the number of the write that put it there (0: zeroes). Overlapping writes take effect in the order of their
 //! submission (mirror rule 4), so tokens of one block rise.
 
+mod disk;
 mod world;
 
-pub use world::{BLOCKS, Rng, World};
+pub use disk::Disk;
+pub use world::{BLOCKS, Rng, VOLUME, World};

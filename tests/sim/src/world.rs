@@ -6,14 +6,17 @@ use lockstep_core::{
     Mirror,
     assembly::{Assembly, Refusal, assemble},
     format,
-    io::{Buffer, Effect, Effects, Event, Fill, LegOp, Outcome, Request},
+    io::{Buffer, Effect, Effects, Event, Fill, LegOp, Notice, Outcome, Request},
     status::{LegState, Sync},
     units::{BLOCK_SIZE, BlockRange, Errno, Instant, IoId, LegId, Slot, Tag, VolumeId},
 };
 
+use crate::disk::Disk;
+
 /// Blocks of the simulated volume: two regions and a bit.
 pub const BLOCKS: u64 = 2 * 4096 + 64;
-const VOLUME: VolumeId = VolumeId([9; 16]);
+/// The simulated volume.
+pub const VOLUME: VolumeId = VolumeId([9; 16]);
 const META: usize = 65536 + 8192;
 
 /// splitmix64.
@@ -36,47 +39,23 @@ impl Rng {
     }
 }
 
-/// What one disk holds for the volume.
-#[derive(Clone, Debug)]
-pub struct Disk {
-    /// What survives a crash; a missing block was never written.
-    pub durable: BTreeMap<u64, u64>,
-    /// Written, not flushed.
-    pub cache: BTreeMap<u64, u64>,
-    /// The leg's metadata.
-    pub meta: Vec<u8>,
-    /// Every I/O fails.
-    pub dead: bool,
-    /// Reads of these blocks fail until they are written.
-    pub bad: BTreeSet<u64>,
-    /// Writes and zeroes find no space.
-    pub full: bool,
-    /// Metadata writes fail.
-    pub meta_fails: bool,
-}
-
-impl Disk {
-    /// What a read returns now.
-    pub fn read(&self, block: u64) -> u64 {
-        self.cache.get(&block).or_else(|| self.durable.get(&block)).copied().unwrap_or(0)
-    }
-}
-
 #[derive(Clone, Debug)]
 enum Work {
-    Leg(Slot, LegOp, Vec<u64>),
+    /// With the blocks and tokens that a write brings, or that a flush found in the cache when it was issued.
+    Leg(Slot, LegOp, Vec<(u64, u64)>),
     Witness(u64, Vec<u8>),
 }
 
 #[derive(Clone, Debug)]
 enum Asked {
-    Write { range: BlockRange, token: u64, acked: bool },
+    Write { range: BlockRange, token: u64, fua: bool },
     Read { range: BlockRange, floor: Vec<u64> },
     Flush { covers: BTreeMap<u64, u64> },
     Other,
 }
 
 /// Everything there is.
+#[derive(Clone, Debug)]
 pub struct World {
     /// The schedule.
     pub rng: Rng,
@@ -86,6 +65,10 @@ pub struct World {
     pub witness: Vec<u8>,
     /// One in so many leg I/Os ends with EAGAIN or EINTR, or does only a part of what it was asked; 0: none.
     pub flaky: u64,
+    /// So many witness writes fail, from now on.
+    pub witness_fails: u32,
+    /// Work that never ends by itself, until it is taken from here.
+    pub stuck: BTreeSet<IoId>,
     /// The mirror under test.
     pub mirror: Mirror,
     now: Instant,
@@ -102,6 +85,8 @@ pub struct World {
     flushed: BTreeMap<u64, u64>,
     /// Answers, by tag.
     pub answers: BTreeMap<Tag, Result<(), Errno>>,
+    /// What the mirror had to say.
+    pub notices: Vec<Notice>,
     trace: Vec<String>,
 }
 
@@ -131,6 +116,8 @@ impl World {
             disks,
             witness,
             flaky: 0,
+            witness_fails: 0,
+            stuck: BTreeSet::new(),
             mirror,
             now: Instant(0),
             work: BTreeMap::new(),
@@ -144,6 +131,7 @@ impl World {
             acked: BTreeMap::new(),
             flushed: BTreeMap::new(),
             answers: BTreeMap::new(),
+            notices: Vec::new(),
             trace: Vec::new(),
         };
         world.perform(out);
@@ -168,10 +156,11 @@ impl World {
             match effect {
                 Effect::Leg { slot, io, op } => {
                     self.trace.push(format!("  {io:?} {slot:?} {}", brief(&op)));
-                    let mut data = Vec::new();
-                    if let LegOp::Write { range, buffer, .. } = &op {
-                        data = self.buffer(*buffer, range.len());
-                    }
+                    let data = match &op {
+                        LegOp::Write { range, buffer, .. } => (range.start..range.end).zip(self.buffer(*buffer, range.len())).collect(),
+                        LegOp::Flush => self.disks[slot.index()].cache.iter().map(|(block, token)| (*block, *token)).collect(),
+                        _ => Vec::new(),
+                    };
                     if let LegOp::Write { range, .. } | LegOp::Zero { range } = &op {
                         for work in self.work.values() {
                             if let Work::Leg(s, LegOp::Write { range: r, .. } | LegOp::Zero { range: r }, _) = work {
@@ -191,7 +180,10 @@ impl World {
                     self.buffers.remove(&tag);
                 }
                 Effect::ReleaseCopy { index } => self.copies[index as usize].clear(),
-                Effect::Notice(notice) => self.trace.push(format!("  ! {notice:?}")),
+                Effect::Notice(notice) => {
+                    self.trace.push(format!("  ! {notice:?}"));
+                    self.notices.push(notice);
+                }
             }
         }
     }
@@ -211,11 +203,14 @@ impl World {
             return;
         }
         match self.asked.get_mut(&tag) {
-            Some(Asked::Write { range, token, acked }) => {
-                *acked = true;
+            Some(Asked::Write { range, token, fua }) => {
                 for block in range.start..range.end {
                     let newest = self.acked.entry(block).or_default();
                     *newest = (*newest).max(*token);
+                    if *fua {
+                        let newest = self.flushed.entry(block).or_default();
+                        *newest = (*newest).max(*token);
+                    }
                 }
             }
             Some(Asked::Read { range, floor }) => {
@@ -248,10 +243,18 @@ impl World {
 
     /// Submits a write of a new token, or of zeroes (whose token is not told apart from older zeroes, so only whole tokens are judged).
     pub fn write(&mut self, range: BlockRange) -> Tag {
+        self.write_with(range, false)
+    }
+
+    /// Submits a write that is to be durable when it is answered.
+    pub fn write_fua(&mut self, range: BlockRange) -> Tag {
+        self.write_with(range, true)
+    }
+
+    fn write_with(&mut self, range: BlockRange, fua: bool) -> Tag {
         let token = self.next_token;
         self.next_token += 1;
-        let asked = Asked::Write { range, token, acked: false };
-        self.submit(asked, vec![token; range.len() as usize], Request::Write { range, fua: false })
+        self.submit(Asked::Write { range, token, fua }, vec![token; range.len() as usize], Request::Write { range, fua })
     }
 
     /// Submits a discard.
@@ -302,6 +305,10 @@ impl World {
     pub fn finish(&mut self, io: IoId) {
         let Some(work) = self.work.remove(&io) else { return };
         let outcome = match work {
+            Work::Witness(..) if self.witness_fails > 0 => {
+                self.witness_fails -= 1;
+                Outcome::Failed(Errno::EIO)
+            }
             Work::Witness(offset, page) => {
                 self.witness[offset as usize..offset as usize + 4096].copy_from_slice(&page);
                 Outcome::Done(0)
@@ -313,7 +320,7 @@ impl World {
     }
 
     /// A host fault or a short count, now and then (mirror rule 6).
-    fn perhaps_flaky(&mut self, slot: Slot, op: LegOp, data: &[u64]) -> Outcome {
+    fn perhaps_flaky(&mut self, slot: Slot, op: LegOp, data: &[(u64, u64)]) -> Outcome {
         if self.flaky == 0 || !self.rng.once_in(self.flaky) {
             return self.leg_op(slot, op, data);
         }
@@ -336,7 +343,7 @@ impl World {
         }
     }
 
-    fn leg_op(&mut self, slot: Slot, op: LegOp, data: &[u64]) -> Outcome {
+    fn leg_op(&mut self, slot: Slot, op: LegOp, data: &[(u64, u64)]) -> Outcome {
         let disk = &mut self.disks[slot.index()];
         match op {
             LegOp::Read { range, .. } if disk.bad.range(range.start..range.end).next().is_some() => Outcome::Failed(Errno::EIO),
@@ -352,8 +359,10 @@ impl World {
                 target[skip..skip + values.len()].copy_from_slice(&values);
                 Outcome::Done(range.len() * BLOCK_SIZE)
             }
-            LegOp::Write { range, .. } => {
-                disk.cache.extend((range.start..range.end).zip(data.iter().copied()));
+            LegOp::Write { range, fua, .. } => {
+                for &(block, token) in &data[..range.len() as usize] {
+                    disk.write(block, token, fua);
+                }
                 disk.bad.retain(|block| !(range.start..range.end).contains(block));
                 Outcome::Done(range.byte_len())
             }
@@ -362,33 +371,46 @@ impl World {
                 Outcome::Done(0)
             }
             LegOp::Flush => {
-                disk.durable.append(&mut disk.cache);
+                disk.flush(data);
                 Outcome::Done(0)
             }
-            LegOp::NextData { range } => {
-                // What was zeroed is a hole again: that is what ZERO_RANGE makes of it on the real file system.
-                let known = disk.durable.range(range.start..range.end).chain(disk.cache.range(range.start..range.end));
-                let written: BTreeSet<u64> = known.map(|(block, _)| *block).filter(|block| disk.read(*block) != 0).collect();
-                let first = written.first().copied();
-                Outcome::Extent(
-                    first.map(|first| BlockRange::new(first, (first..range.end).find(|b| !written.contains(b)).unwrap_or(range.end))),
-                )
-            }
+            LegOp::NextData { range } => Outcome::Extent(disk.next_data(range)),
             LegOp::WriteMeta { offset, page } => {
+                let before = disk.dirty_regions();
                 disk.meta[offset as usize..offset as usize + 4096].copy_from_slice(page.as_slice());
+                let cleared: Vec<u64> = before.difference(&self.disks[slot.index()].dirty_regions()).copied().collect();
+                self.assert_durable(&cleared);
                 Outcome::Done(0)
+            }
+        }
+    }
+
+    /// A bit may only land clear when both disks hold the region durably (mirror rule 18).
+    fn assert_durable(&self, regions: &[u64]) {
+        for region in regions {
+            let blocks = region * format::REGION_BLOCKS..(region + 1) * format::REGION_BLOCKS;
+            for disk in &self.disks {
+                assert!(disk.cache.range(blocks.clone()).next().is_none(), "region {region} is clear on disk, but not flushed");
             }
         }
     }
 
     /// Ends a random piece of work; `false`: there is none.
     pub fn step(&mut self) -> bool {
-        if self.work.is_empty() {
+        let movable: Vec<IoId> = self.work.keys().filter(|io| !self.stuck.contains(io)).copied().collect();
+        if movable.is_empty() {
             return false;
         }
-        let n = self.rng.below(self.work.len() as u64) as usize;
-        let io = *self.work.keys().nth(n).expect("counted");
-        self.finish(io);
+        let n = self.rng.below(movable.len() as u64) as usize;
+        self.finish(movable[n]);
+        true
+    }
+
+    /// Moves the clock to where the mirror waits for it; `false`: it waits for nothing.
+    pub fn tick(&mut self) -> bool {
+        let Some(at) = self.mirror.next_deadline() else { return false };
+        self.now = self.now.max(at);
+        self.handle(Event::Tick);
         true
     }
 
@@ -400,10 +422,7 @@ impl World {
             }
             let status = self.mirror.status();
             match self.mirror.next_deadline() {
-                Some(at) if status.dirty_regions > 0 || status.sync != Sync::Idle || !status.ready => {
-                    self.now = self.now.max(at);
-                    self.handle(Event::Tick);
-                }
+                Some(_) if status.dirty_regions > 0 || status.sync != Sync::Idle || !status.ready => drop(self.tick()),
                 _ => {
                     assert!(status.sync == Sync::Idle, "stuck: {status:?}");
                     assert!(self.asked.is_empty(), "requests that never ended: {:?}", self.asked);
@@ -447,6 +466,7 @@ impl World {
                 }
             }
         }
+        self.stuck.clear();
         self.asked.clear();
         self.buffers.clear();
         self.acked = self.flushed.clone();
@@ -461,14 +481,14 @@ impl World {
         Ok(())
     }
 
-    fn tear(&mut self, slot: Slot, op: LegOp, data: &[u64]) {
+    fn tear(&mut self, slot: Slot, op: LegOp, data: &[(u64, u64)]) {
         let disk = &mut self.disks[slot.index()];
         match op {
             LegOp::WriteMeta { offset, page } => tear_page(&mut self.rng, &mut disk.meta, offset, page.as_slice()),
             LegOp::Write { range, .. } | LegOp::Zero { range } => {
                 for (i, block) in (range.start..range.end).enumerate() {
                     if self.rng.once_in(2) {
-                        disk.cache.insert(block, data.get(i).copied().unwrap_or(0));
+                        disk.cache.insert(block, data.get(i).map_or(0, |(_, token)| *token));
                     }
                 }
             }

@@ -1,0 +1,69 @@
+//! One simulated disk: a volatile cache over what survives, and the leg's metadata.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use lockstep_core::{format, units::BlockRange};
+
+use crate::world::VOLUME;
+
+/// What one disk holds for the volume.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    /// What survives a crash; a missing block was never written.
+    pub durable: BTreeMap<u64, u64>,
+    /// Written, not flushed.
+    pub cache: BTreeMap<u64, u64>,
+    /// The leg's metadata.
+    pub meta: Vec<u8>,
+    /// Every I/O fails.
+    pub dead: bool,
+    /// Reads of these blocks fail until they are written.
+    pub bad: BTreeSet<u64>,
+    /// Writes and zeroes find no space.
+    pub full: bool,
+    /// Metadata writes fail.
+    pub meta_fails: bool,
+}
+
+impl Disk {
+    /// What a read returns now.
+    pub fn read(&self, block: u64) -> u64 {
+        self.cache.get(&block).or_else(|| self.durable.get(&block)).copied().unwrap_or(0)
+    }
+
+    /// A block's new content; with `fua`, durable at once.
+    pub(crate) fn write(&mut self, block: u64, token: u64, fua: bool) {
+        if fua {
+            self.cache.remove(&block);
+            self.durable.insert(block, token);
+        } else {
+            self.cache.insert(block, token);
+        }
+    }
+
+    /// What was in the cache when a flush was issued is durable when it ends; what came later is not.
+    pub(crate) fn flush(&mut self, found: &[(u64, u64)]) {
+        for &(block, token) in found {
+            if self.cache.get(&block) == Some(&token) {
+                self.cache.remove(&block);
+                self.durable.insert(block, token);
+            } else if self.cache.contains_key(&block) {
+                self.durable.insert(block, token);
+            }
+        }
+    }
+
+    /// The first run of written blocks. What was zeroed is a hole again: that is what ZERO_RANGE makes of it on the real file system.
+    pub(crate) fn next_data(&self, range: BlockRange) -> Option<BlockRange> {
+        let known = self.durable.range(range.start..range.end).chain(self.cache.range(range.start..range.end));
+        let written: BTreeSet<u64> = known.map(|(block, _)| *block).filter(|block| self.read(*block) != 0).collect();
+        let first = *written.first()?;
+        Some(BlockRange::new(first, (first..range.end).find(|block| !written.contains(block)).unwrap_or(range.end)))
+    }
+
+    /// The regions that the newest bitmap page on this disk calls dirty.
+    pub fn dirty_regions(&self) -> BTreeSet<u64> {
+        let bits = format::bitmap_page(&self.meta, VOLUME, 0).map_or_else(Vec::new, |page| page.bits);
+        (0..bits.len() as u64 * 8).filter(|region| bits[*region as usize / 8] & (1 << (region % 8)) != 0).collect()
+    }
+}
