@@ -8,7 +8,7 @@ use lockstep_core::{
     format,
     io::{Buffer, Effect, Effects, Event, Fill, LegOp, Notice, Outcome, Request},
     status::{LegState, Sync},
-    units::{BLOCK_SIZE, BlockRange, Errno, Instant, IoId, LegId, Slot, Tag, VolumeId},
+    units::{BLOCK_SIZE, BlockRange, Epoch, Errno, Instant, IoId, LegId, Slot, Tag, VolumeId},
 };
 
 use crate::disk::Disk;
@@ -69,6 +69,10 @@ pub struct World {
     pub witness_fails: u32,
     /// Work that never ends by itself, until it is taken from here.
     pub stuck: BTreeSet<IoId>,
+    /// Assembly is told so: the operator insists on this leg, the object saw this epoch.
+    pub force: Option<LegId>,
+    /// See `force`.
+    pub seen_epoch: Option<Epoch>,
     /// The mirror under test.
     pub mirror: Mirror,
     now: Instant,
@@ -110,13 +114,15 @@ impl World {
         let disks = [disk(Slot::A), disk(Slot::B)];
         let witness = format::new_witness(VOLUME, legs, BLOCKS);
         let mut rng = Rng(seed);
-        let (mirror, out) = start(&disks, Some(&witness), &mut rng).expect("a new volume assembles");
+        let (mirror, out) = start(&disks, Some(&witness), None, None, &mut rng).expect("a new volume assembles");
         let mut world = Self {
             rng,
             disks,
             witness,
             flaky: 0,
             witness_fails: 0,
+            force: None,
+            seen_epoch: None,
             stuck: BTreeSet::new(),
             mirror,
             now: Instant(0),
@@ -319,6 +325,12 @@ impl World {
         self.handle(Event::Done { io, outcome });
     }
 
+    /// Ends one piece of work like this; its disk does nothing.
+    pub fn end(&mut self, io: IoId, outcome: Outcome) {
+        self.work.remove(&io);
+        self.handle(Event::Done { io, outcome });
+    }
+
     /// A host fault or a short count, now and then (mirror rule 6).
     fn perhaps_flaky(&mut self, slot: Slot, op: LegOp, data: &[(u64, u64)]) -> Outcome {
         if self.flaky == 0 || !self.rng.once_in(self.flaky) {
@@ -360,6 +372,16 @@ impl World {
                 Outcome::Done(range.len() * BLOCK_SIZE)
             }
             LegOp::Write { range, fua, .. } => {
+                if fua {
+                    // A flush that is under way must not bring back what it found in the cache there.
+                    for work in self.work.values_mut() {
+                        if let Work::Leg(on, LegOp::Flush, found) = work
+                            && *on == slot
+                        {
+                            found.retain(|(block, _)| !(range.start..range.end).contains(block));
+                        }
+                    }
+                }
                 for &(block, token) in &data[..range.len() as usize] {
                     disk.write(block, token, fua);
                 }
@@ -455,6 +477,7 @@ impl World {
             match work {
                 Work::Leg(slot, op, data) if !self.disks[slot.index()].dead => self.tear(slot, op, &data),
                 Work::Leg(..) => {}
+                Work::Witness(..) if self.witness.is_empty() => {}
                 Work::Witness(offset, page) => tear_page(&mut self.rng, &mut self.witness, offset, &page),
             }
         }
@@ -474,7 +497,8 @@ impl World {
         for slot in Slot::BOTH {
             self.disks[slot.index()].dead |= !present[slot.index()];
         }
-        let (mirror, out) = start(&self.disks, (!self.witness.is_empty()).then_some(&self.witness), &mut self.rng)?;
+        let witness = (!self.witness.is_empty()).then_some(self.witness.as_slice());
+        let (mirror, out) = start(&self.disks, witness, self.force, self.seen_epoch, &mut self.rng)?;
         self.mirror = mirror;
         self.now = Instant(0);
         self.perform(out);
@@ -497,9 +521,9 @@ impl World {
     }
 
     /// The disk works again, with what it held; its leg comes back as the mirror says.
-    pub fn bring_back(&mut self, slot: Slot) {
+    pub fn bring_back(&mut self, slot: Slot) -> Option<Tag> {
         self.disks[slot.index()].dead = false;
-        let Some((place, fill)) = self.mirror.readmission(&self.disks[slot.index()].meta) else { return };
+        let (place, fill) = self.mirror.readmission(&self.disks[slot.index()].meta)?;
         assert_eq!(place, slot);
         let mut leg = leg_id(slot);
         if fill == Fill::Everything {
@@ -512,14 +536,20 @@ impl World {
         } else if let Ok(summary) = format::peek(&self.disks[slot.index()].meta) {
             leg = summary.leg;
         }
-        self.command(Request::Attach { slot, leg, fill });
+        Some(self.command(Request::Attach { slot, leg, fill }))
     }
 }
 
-fn start(disks: &[Disk; 2], witness: Option<&[u8]>, rng: &mut Rng) -> Result<(Mirror, Effects), Refusal> {
+fn start(
+    disks: &[Disk; 2],
+    witness: Option<&[u8]>,
+    force: Option<LegId>,
+    seen_epoch: Option<Epoch>,
+    rng: &mut Rng,
+) -> Result<(Mirror, Effects), Refusal> {
     let metas: Vec<&[u8]> = disks.iter().filter(|disk| !disk.dead).map(|disk| disk.meta.as_slice()).collect();
     let seed = u128::from(rng.below(u64::MAX));
-    let assembly = Assembly { volume: VOLUME, metas: &metas, witness, seen_epoch: None, force: None, seed, now: Instant(0) };
+    let assembly = Assembly { volume: VOLUME, metas: &metas, witness, seen_epoch, force, seed, now: Instant(0) };
     let mut out = Effects::new();
     let assembled = assemble(&assembly, &mut out)?;
     Ok((assembled.mirror, out))

@@ -61,6 +61,8 @@ impl Mirror {
         self.fail_leg(slot, Errno::ENODEV, out);
         match self.legs[slot.index()].state {
             State::Out => Self::answer(tag, Ok(()), out),
+            // No record will say so any more.
+            State::Leaving | State::Dropping if self.read_only.is_some() => Self::answer(tag, Err(Errno::EIO), out),
             State::Leaving | State::Dropping => self.detaching.push((tag, slot)),
             State::In | State::Recovering(_) => Self::answer(tag, Err(Errno::EBUSY), out),
         }

@@ -94,6 +94,9 @@ impl Mirror {
     pub(super) fn start_copy(&mut self, id: EntryId, out: &mut Effects) {
         let Some(copy) = self.copies.get_mut(&id) else { return };
         copy.step = Step::Buffer;
+        if self.read_only.is_some() && !matches!(copy.purpose, CopyFor::Mend(_)) {
+            return self.end_copy(id, false, out);
+        }
         match self.copy_buffers.iter().position(|used| !used) {
             Some(index) => {
                 copy.buffer = Some(index as u8);

@@ -90,6 +90,9 @@ impl Mirror {
             }
             writes::Verdict::AllFailed | writes::Verdict::NoSpace => self.flush_failed(Errno::EIO, out),
         }
+        if self.read_only.is_some() {
+            self.fail_gated_flush(out);
+        }
     }
 
     /// What was answered may be lost, and no later flush may claim otherwise: nothing is accepted any more.

@@ -9,7 +9,7 @@
 //! witness, and only then does it count (rule 9). A leg that failed is `Leaving` until then: it gets nothing new, and no answer
 //! that misses it goes out.
 //!
-//! Invariants, asserted by `check_invariants`:
+//! Invariants, asserted by `check_invariants` (`invariants.rs`):
 //! 1. At least one leg is IN.
 //! 2. No two issued exclusive entries of the range lock overlap.
 //! 3. Data is issued only to regions whose bit is durably set on every leg that is IN by the durable record.
@@ -20,6 +20,7 @@
 mod admin;
 mod copies;
 mod flushes;
+mod invariants;
 mod pages;
 mod reads;
 mod sync;
@@ -31,7 +32,6 @@ use alloc::{collections::BTreeMap, vec::Vec};
 use crate::{
     bitmap::Bitmap,
     fault::{Fault, classify},
-    format::REGION_BLOCKS,
     io::{Buffer, Effect, Effects, Event, Fill, LegOp, Notice, Outcome, Request},
     membership::{Record, RecordName},
     range_lock::{EntryId, RangeLock},
@@ -277,8 +277,12 @@ impl Mirror {
     }
 
     fn submit(&mut self, tag: Tag, request: Request, out: &mut Effects) {
-        if !self.ready {
+        if !self.ready && self.read_only.is_none() {
             return self.early.push((tag, request));
+        }
+        if !self.ready && request != Request::Stop {
+            // Assembly could not be recorded: nothing is served.
+            return Self::answer(tag, Err(Errno::EIO), out);
         }
         if self.stopping.is_some() || self.stopped {
             return Self::answer(tag, Err(Errno::ESHUTDOWN), out);
@@ -359,7 +363,8 @@ impl Mirror {
         }
         let range = if let Some(write) = self.writes.get(&id) { write.range } else { self.copies[&id].range };
         self.bitmap.hold(range);
-        if self.bitmap.want(range) {
+        // When no bit will become durable any more, what comes to be issued fails there.
+        if self.bitmap.want(range) || self.read_only.is_some() {
             self.ready_to_issue(id, out);
         } else if let Some(write) = self.writes.get_mut(&id) {
             write.stage = writes::Stage::Bits;
@@ -455,9 +460,9 @@ impl Mirror {
         }
     }
 
-    /// Nothing is reissued to a leg that is on its way out: its range may be released any time now (mirror rule 6).
+    /// Nothing is reissued to a leg that is OUT or on its way there: its range is released, or may be any time now (mirror rule 6).
     fn may_reissue(&self, slot: Slot) -> bool {
-        !matches!(self.legs[slot.index()].state, State::Leaving | State::Dropping)
+        self.legs[slot.index()].takes_writes()
     }
 
     /// A leg failed. The last IN leg never goes (mirror rule 14).
@@ -480,6 +485,9 @@ impl Mirror {
             out.push(Effect::Notice(Notice::ReadOnly { error }));
         }
         self.fail_gated(out);
+        for (tag, request) in core::mem::take(&mut self.early) {
+            self.submit(tag, request, out);
+        }
         if let Some((tag, ..)) = self.attach.take() {
             Self::answer(tag, Err(Errno::EIO), out);
         }
@@ -544,34 +552,6 @@ impl Mirror {
         let slot = self.record.slot_of(superblock.leg)?;
         let out = self.legs[slot.index()].state == State::Out && superblock.volume == self.volume;
         out.then(|| (slot, self.record.readmission(slot, superblock.record.name)))
-    }
-
-    /// Asserts the invariants listed at the file's head.
-    pub fn check_invariants(&self) {
-        assert!(self.in_count() > 0, "invariant 1: no leg is IN");
-        self.lock.check_invariants();
-        for write in self.writes.values() {
-            let issued = write.stage >= writes::Stage::Issued;
-            assert!(!issued || self.bitmap.is_durable(write.range), "invariant 3: {write:?}");
-        }
-        for (region, state) in self.bitmap.regions.iter().enumerate() {
-            let range = BlockRange::new(region as u64 * REGION_BLOCKS, (region as u64 + 1) * REGION_BLOCKS);
-            let writes = self.writes.values().filter(|write| write.stage > writes::Stage::Queued && write.range.overlaps(range)).count();
-            let copies = self.copies.values().filter(|copy| copy.holds_lock() && copy.range.overlaps(range)).count();
-            assert_eq!(state.pending as usize, writes + copies, "invariant 4: region {region}");
-        }
-        for io in self.ios.values() {
-            if let (Some((slot, leg)), Purpose::Read(_)) = (io.leg, io.purpose) {
-                let now = &self.legs[slot.index()];
-                assert!(now.id != leg || !matches!(now.state, State::Recovering(_)), "invariant 5");
-            }
-        }
-        for slot in Slot::BOTH {
-            let superblocks = self.ios.values().filter(|io| {
-                io.purpose == Purpose::Superblock && io.leg.is_some_and(|(s, id)| s == slot && id == self.legs[slot.index()].id)
-            });
-            assert!(superblocks.count() <= 1, "invariant 6");
-        }
     }
 }
 

@@ -119,6 +119,9 @@ impl Mirror {
                 }
             }
         }
+        if self.read_only.is_some() {
+            self.fail_gated_write(id, out);
+        }
     }
 
     /// What the reports of the counted legs add up to. A leg that is durably OUT has no say; one that is leaving is waited for
@@ -176,7 +179,7 @@ impl Mirror {
 
     /// The mirror gave up: what waits for durability gets EIO.
     pub(super) fn fail_gated_write(&mut self, id: EntryId, out: &mut Effects) {
-        let Some(write) = self.writes.get(&id) else { return };
+        let Some(write) = self.writes.get(&id).filter(|write| !write.answered) else { return };
         let waits_for_bits = write.stage == Stage::Bits;
         let missed =
             write.stage == Stage::Issued && !write.reports.contains(&Report::Pending) && self.verdict(write.reports) == Verdict::Wait;

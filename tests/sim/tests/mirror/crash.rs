@@ -1,0 +1,331 @@
+//! Dirty bits, resync, rebuild (mirror rules 17 to 25).
+
+use lockstep_core::{
+    io::{LegOp, Request},
+    status::LegState,
+    units::{Errno, Slot},
+};
+use lockstep_sim::{Rng, World};
+
+use crate::{in_flight_on, range, run_dry, warm, writes_in_flight};
+
+#[test]
+fn case_27_a_leg_that_missed_one_write_gets_only_that_region() {
+    let mut world = warm(5);
+    world.write(range(5000, 5010));
+    world.flush();
+    world.settle();
+    world.disks[1].dead = true;
+    world.write(range(5000, 5004));
+    world.settle();
+    let before = world.mirror.status().copied_blocks;
+    world.bring_back(Slot::B);
+    world.settle();
+    assert!(world.healthy(), "{}", world.trace());
+    assert_eq!(world.mirror.status().copied_blocks - before, 10, "what was written in that region, and nothing else");
+    world.assert_identical();
+}
+
+#[test]
+fn case_54_a_clean_stop_leaves_nothing_to_resync() {
+    let mut world = warm(8);
+    let stop = world.command(Request::Stop);
+    world.settle();
+    assert_eq!(world.answers[&stop], Ok(()));
+    world.crash([true, true]).expect("both are IN");
+    while world.step() {}
+    assert_eq!(world.mirror.status().dirty_regions, 0);
+}
+
+#[test]
+fn rule_19_a_bitmap_page_that_is_valid_on_no_leg_is_all_dirty() {
+    for both in [false, true] {
+        let mut world = warm(18);
+        world.write(range(0, 16));
+        world.flush();
+        world.settle();
+        let stop = world.command(Request::Stop);
+        world.settle();
+        assert_eq!(world.answers[&stop], Ok(()));
+        // The first bitmap page's two slots; and what nothing but a resync of everything would find.
+        let damaged = if both { 0..2 } else { 0..1 };
+        world.disks[damaged].iter_mut().for_each(|disk| disk.meta[65536..73728].fill(0x5a));
+        world.disks[1].durable.insert(7, 1);
+        world.crash([true, true]).expect("both are IN");
+        world.settle();
+        let differs = world.disks[0].read(7) != world.disks[1].read(7);
+        assert_eq!(differs, !both, "one valid page is enough to know that nothing is dirty");
+    }
+}
+
+#[test]
+fn case_26_a_rebuild_target_that_fails_is_not_noticed_above() {
+    for seed in 0..50 {
+        let mut world = warm(seed);
+        world.disks[1].dead = true;
+        world.write(range(0, 64));
+        world.settle();
+        world.bring_back(Slot::B);
+        for _ in 0..seed % 20 {
+            world.step();
+        }
+        world.disks[1].dead = true;
+        let write = world.write(range(32, 40));
+        world.settle();
+        assert_eq!(world.answers[&write], Ok(()));
+        assert_eq!(world.mirror.status().legs[0].state, LegState::In);
+    }
+}
+
+#[test]
+fn case_31_a_torn_newest_metadata_slot_loses_nothing() {
+    for slot in 0..2 {
+        for torn in 0..2 {
+            let mut world = warm(12 + slot as u64);
+            world.write(range(0, 8));
+            world.flush();
+            world.settle();
+            world.disks[slot].meta[torn * 4096 + 40..torn * 4096 + 600].fill(0xa5);
+            world.crash([true, true]).expect("the other leg is whole");
+            world.settle();
+            assert_eq!(world.read_now(4), Ok(2));
+        }
+    }
+}
+
+#[test]
+fn case_40_a_source_that_dies_in_a_rebuild_gives_errors_and_never_stale_data() {
+    for seed in 0..50 {
+        let mut world = warm(seed);
+        world.write(range(0, 64));
+        world.flush();
+        world.settle();
+        world.disks[1].dead = true;
+        world.write(range(0, 64));
+        world.settle();
+        world.bring_back(Slot::B);
+        for _ in 0..seed % 16 {
+            world.step();
+        }
+        if world.healthy() {
+            continue;
+        }
+        world.disks[0].dead = true;
+        // The oracle of every read is that it is not older than what was acked.
+        let read = world.read(range(0, 64));
+        while !world.answers.contains_key(&read) {
+            assert!(world.step(), "the read never ended");
+        }
+        assert!(world.healthy() || world.answers[&read].is_err());
+    }
+}
+
+#[test]
+fn case_46_a_leg_that_was_away_while_the_source_discarded_reads_zeroes_there() {
+    let mut world = warm(15);
+    world.write(range(100, 200));
+    world.flush();
+    world.settle();
+    world.disks[1].dead = true;
+    world.zero(range(120, 180));
+    world.settle();
+    world.bring_back(Slot::B);
+    world.settle();
+    assert!(world.healthy());
+    world.assert_identical();
+    assert_eq!((world.disks[1].read(119), world.disks[1].read(120), world.disks[1].read(179)), (2, 0, 0));
+}
+
+#[test]
+fn rule_17_data_waits_until_the_bit_is_durable_on_both_legs() {
+    for first in Slot::BOTH {
+        let mut world = World::new(1);
+        run_dry(&mut world);
+        world.write(range(5000, 5008));
+        for slot in [first, first.other()] {
+            assert_eq!(writes_in_flight(&world), 0, "data before its bit");
+            let page = in_flight_on(&world, slot, |op| matches!(op, LegOp::WriteMeta { .. })).expect("the bitmap page");
+            world.finish(page);
+        }
+        assert_eq!(writes_in_flight(&world), 2);
+        assert!(world.disks.iter().all(|disk| disk.dirty_regions().contains(&1)));
+    }
+}
+
+#[test]
+fn case_21_no_bit_lands_clear_before_both_legs_hold_the_region_durably() {
+    // The disks assert it whenever a bitmap page lands.
+    for seed in 0..200 {
+        let mut world = warm(seed);
+        let mut rng = Rng(seed);
+        for _ in 0..30 {
+            if rng.once_in(3) {
+                let start = rng.below(2) * 4096 + rng.below(8);
+                world.write(range(start, start + 4));
+            }
+            for _ in 0..rng.below(9) {
+                world.step();
+            }
+            world.tick();
+        }
+        world.settle();
+        assert_eq!(world.mirror.status().dirty_regions, 0, "idle regions are cleaned");
+        assert!(world.disks.iter().all(|disk| disk.dirty_regions().is_empty()));
+    }
+}
+
+#[test]
+fn rule_18_while_a_leg_is_away_no_bit_is_cleared() {
+    for stop in [false, true] {
+        let mut world = warm(4);
+        world.settle();
+        world.disks[1].dead = true;
+        world.write(range(5000, 5008));
+        world.settle();
+        for _ in 0..10 {
+            world.tick();
+            run_dry(&mut world);
+        }
+        if stop {
+            world.command(Request::Stop);
+            world.settle();
+            world.crash([true, false]).expect("A is IN");
+            world.settle();
+        }
+        assert!(world.disks[0].dirty_regions().contains(&1), "what B missed is forgotten");
+        world.bring_back(Slot::B);
+        world.settle();
+        assert!(world.healthy());
+        world.assert_identical();
+        assert_eq!(world.disks[1].read(5007), 2);
+    }
+}
+
+#[test]
+fn case_45_a_write_to_a_region_whose_clear_is_in_flight_waits_and_the_region_is_dirty() {
+    for seed in 0..50 {
+        let mut world = warm(seed);
+        while world.mirror.status().dirty_regions > 0 {
+            assert!(world.step() || world.tick());
+        }
+        assert!(world.disks[0].dirty_regions().contains(&0), "the clear is in flight");
+        let write = world.write(range(0, 8));
+        while !world.answers.contains_key(&write) {
+            let dirty = world.disks.iter().all(|disk| disk.dirty_regions().contains(&0));
+            assert!(dirty || writes_in_flight(&world) == 0, "data in a region that is clean on disk");
+            assert!(world.step());
+        }
+        world.crash([true, true]).expect("both are IN");
+        assert!(world.mirror.status().dirty_regions > 0);
+        world.settle();
+        world.assert_identical();
+    }
+}
+
+/// B was away while A was written, and is back.
+fn rebuilding(seed: u64) -> World {
+    let mut world = warm(seed);
+    world.write(range(0, 300));
+    world.flush();
+    world.settle();
+    world.disks[1].dead = true;
+    world.write(range(100, 600));
+    world.zero(range(200, 220));
+    world.flush();
+    world.settle();
+    world.bring_back(Slot::B);
+    world
+}
+
+#[test]
+fn rule_22_what_a_copy_is_made_from_is_never_written() {
+    for seed in 0..20 {
+        for resync in [false, true] {
+            let mut world = rebuilding(seed);
+            if resync {
+                world.settle();
+                world.write(range(0, 600));
+                for _ in 0..6 {
+                    world.step();
+                }
+                world.crash([true, true]).expect("both are IN");
+            }
+            let before = world.mirror.status().copied_blocks;
+            loop {
+                let written = in_flight_on(&world, Slot::A, |op| matches!(op, LegOp::Write { .. } | LegOp::Zero { .. }));
+                assert!(written.is_none(), "{}", world.trace());
+                if !world.step() {
+                    break;
+                }
+            }
+            world.settle();
+            assert!(world.healthy() && world.mirror.status().copied_blocks > before);
+            world.assert_identical();
+        }
+    }
+}
+
+#[test]
+fn case_24_a_write_waits_for_the_piece_that_is_being_copied_and_a_read_does_not() {
+    for seed in 0..20 {
+        let mut world = rebuilding(seed);
+        let (io, piece) = loop {
+            let copy = world.in_flight().into_iter().find_map(|(io, slot, op)| match op {
+                LegOp::Write { range, .. } if slot == Slot::B => Some((io, range)),
+                _ => None,
+            });
+            if let Some(copy) = copy {
+                break copy;
+            }
+            assert!(world.step());
+        };
+        world.stuck.insert(io);
+        let write = world.write(range(piece.start, piece.start + 4));
+        assert!(world.read_now(piece.start).is_ok(), "served from the source at once");
+        run_dry(&mut world);
+        assert!(!world.answers.contains_key(&write), "it must wait for the copy");
+        world.stuck.clear();
+        world.settle();
+        assert!(world.healthy());
+        world.assert_identical();
+        assert_eq!(world.disks[1].read(piece.start), 4, "the write, not the copy");
+    }
+}
+
+#[test]
+fn rule_23_a_leg_comes_in_only_when_what_was_copied_is_durable_on_it() {
+    for seed in 0..20 {
+        let mut world = rebuilding(seed);
+        while !world.healthy() {
+            assert!(world.step() || world.tick());
+        }
+        world.crash([false, true]).expect("B is IN");
+        run_dry(&mut world);
+        // The oracle of a read: not older than what a flush covered.
+        world.read(range(0, 600));
+        world.settle();
+        assert_eq!(world.mirror.status().legs.map(|leg| leg.state), [LegState::Out, LegState::In]);
+    }
+}
+
+#[test]
+fn rule_25_no_leg_comes_back_while_its_old_io_is_outstanding() {
+    let mut world = warm(3);
+    world.write(range(0, 8));
+    let late = in_flight_on(&world, Slot::B, |op| matches!(op, LegOp::Write { .. })).expect("it was issued");
+    world.stuck.insert(late);
+    world.disks[1].dead = true;
+    world.write(range(100, 108));
+    run_dry(&mut world);
+    assert_eq!(world.mirror.status().legs[1].state, LegState::Out);
+    let early = world.bring_back(Slot::B).expect("it has a place");
+    run_dry(&mut world);
+    assert_eq!(world.answers.get(&early), Some(&Err(Errno::EBUSY)));
+    world.stuck.clear();
+    world.settle();
+    let attach = world.bring_back(Slot::B).expect("it has a place");
+    world.settle();
+    assert_eq!(world.answers[&attach], Ok(()));
+    assert!(world.healthy());
+    world.assert_identical();
+}

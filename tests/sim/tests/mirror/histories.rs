@@ -1,0 +1,73 @@
+//! Random histories with crashes and lost disks.
+
+use lockstep_core::{status::LegState, units::Slot};
+use lockstep_sim::{Rng, World};
+
+use crate::range;
+
+/// One random history.
+fn history(seed: u64) {
+    let mut world = World::new(seed);
+    world.flaky = [0, 0, 12][(seed % 3) as usize];
+    let mut rng = Rng(seed ^ 0xfeed);
+    let mut lost: Option<Slot> = None;
+    for _ in 0..300 {
+        let start = [0, 4090, 8190][rng.below(3) as usize] + rng.below(24);
+        let piece = range(start, start + 1 + rng.below(8));
+        match rng.below(20) {
+            0..=4 => drop(world.write(piece)),
+            5 => drop(world.write_fua(piece)),
+            6 | 7 => drop(world.read(piece)),
+            8 if rng.once_in(3) => drop(world.zero(piece)),
+            9 => drop(world.flush()),
+            10 if lost.is_none() && world.healthy() && rng.once_in(4) => {
+                let slot = Slot::BOTH[rng.below(2) as usize];
+                world.disks[slot.index()].dead = true;
+                lost = Some(slot);
+            }
+            11 if rng.once_in(3) => {
+                if let Some(slot) = lost {
+                    world.settle();
+                    world.bring_back(slot);
+                    lost = None;
+                }
+            }
+            12 if rng.once_in(6) => {
+                let present = Slot::BOTH.map(|slot| lost != Some(slot));
+                world.crash(present).unwrap_or_else(|refusal| panic!("refused within the budget: {refusal}"));
+            }
+            _ => {
+                for _ in 0..rng.below(6) {
+                    world.step();
+                }
+            }
+        }
+    }
+    world.settle();
+    if let Some(slot) = lost {
+        world.bring_back(slot);
+    } else {
+        for slot in Slot::BOTH {
+            if world.mirror.status().legs[slot.index()].state == LegState::Out {
+                world.bring_back(slot);
+            }
+        }
+    }
+    world.settle();
+    world.read(range(0, 40));
+    world.read(range(4080, 4140));
+    world.settle();
+    assert!(world.healthy(), "{:?}", world.mirror.status());
+    world.assert_identical();
+}
+
+#[test]
+fn random_histories_with_crashes_and_lost_disks_keep_every_promise() {
+    let seeds = std::env::var("SIM_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(500);
+    for seed in 0..seeds {
+        if let Err(panic) = std::panic::catch_unwind(|| history(seed)) {
+            eprintln!("seed {seed}");
+            std::panic::resume_unwind(panic);
+        }
+    }
+}

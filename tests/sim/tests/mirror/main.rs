@@ -1,0 +1,41 @@
+//! The mirror on simulated disks: named cases by group of rules, and random histories.
+#![allow(missing_docs)]
+
+mod crash;
+mod errors;
+mod histories;
+mod membership;
+mod order;
+
+use lockstep_core::{
+    io::LegOp,
+    units::{BlockRange, IoId, Slot},
+};
+use lockstep_sim::World;
+
+fn range(start: u64, end: u64) -> BlockRange {
+    BlockRange::new(start, end)
+}
+
+/// A world in which the region of block 0 is dirty, so that writes go to the legs at once.
+fn warm(seed: u64) -> World {
+    let mut world = World::new(seed);
+    while world.step() {}
+    world.write(range(0, 1));
+    while world.step() {}
+    world
+}
+
+fn writes_in_flight(world: &World) -> usize {
+    world.in_flight().iter().filter(|(_, _, op)| matches!(op, LegOp::Write { .. })).count()
+}
+
+/// The first thing in flight on a leg that is of this kind.
+fn in_flight_on(world: &World, slot: Slot, kind: impl Fn(&LegOp) -> bool) -> Option<IoId> {
+    world.in_flight().into_iter().find(|(_, on, op)| *on == slot && kind(op)).map(|(io, ..)| io)
+}
+
+/// Ends everything that ends without the clock.
+fn run_dry(world: &mut World) {
+    while world.step() {}
+}

@@ -1,0 +1,139 @@
+//! Order (mirror rules 1 to 7).
+
+use lockstep_core::{
+    io::{LegOp, Outcome},
+    status::LegState,
+    units::{Errno, Slot},
+};
+use lockstep_sim::BLOCKS;
+
+use crate::{in_flight_on, range, run_dry, warm, writes_in_flight};
+
+#[test]
+fn case_01_overlapping_writes_end_equal_in_every_order_of_completion() {
+    for seed in 0..200 {
+        let mut world = warm(seed);
+        world.write(range(100, 200));
+        world.write(range(150, 200));
+        world.write(range(160, 200));
+        assert_eq!(writes_in_flight(&world), 2, "only the first is issued, to both legs");
+        world.settle();
+        world.assert_identical();
+        assert_eq!(world.disks[0].read(199), 4, "the last one wins");
+    }
+}
+
+#[test]
+fn case_02_touching_writes_go_in_parallel() {
+    let mut world = warm(1);
+    world.write(range(0, 8));
+    world.write(range(8, 16));
+    assert_eq!(writes_in_flight(&world), 4);
+}
+
+#[test]
+fn case_05_many_writes_of_one_range_land_in_order_of_arrival() {
+    for seed in 0..20 {
+        let mut world = warm(seed);
+        for _ in 0..64 {
+            world.write(range(8, 16));
+        }
+        assert_eq!(writes_in_flight(&world), 2, "one at a time");
+        world.settle();
+        world.assert_identical();
+        assert_eq!(world.disks[0].read(15), 65, "the last one to come wins");
+    }
+}
+
+#[test]
+fn rule_06_host_faults_and_short_counts_are_reissued_and_nobody_notices() {
+    for seed in 0..200 {
+        let mut world = warm(seed);
+        world.flaky = 6;
+        for n in 0..40 {
+            world.write(range(n % 7 * 4, n % 7 * 4 + 9));
+            world.read(range(0, 32));
+            world.step();
+        }
+        world.flush();
+        world.settle();
+        assert!(world.answers.values().all(Result::is_ok), "{:?}", world.answers);
+        assert!(world.healthy());
+        world.assert_identical();
+    }
+}
+
+#[test]
+fn rule_02_a_request_without_length_or_beyond_the_end_is_an_error() {
+    let mut world = warm(1);
+    for wrong in [range(5, 5), range(9, 5), range(BLOCKS - 1, BLOCKS + 1), range(BLOCKS, BLOCKS + 8), range(u64::MAX - 1, u64::MAX)] {
+        for tag in [world.write(wrong), world.read(wrong), world.zero(wrong)] {
+            assert_eq!(world.answers.get(&tag), Some(&Err(Errno::EINVAL)), "{wrong:?}");
+        }
+    }
+    assert!(world.in_flight().is_empty());
+    let last = world.write(range(BLOCKS - 1, BLOCKS));
+    world.settle();
+    assert_eq!(world.answers[&last], Ok(()));
+}
+
+#[test]
+fn case_43_a_range_is_held_until_a_recovering_leg_has_reported_too() {
+    for seed in 0..20 {
+        let mut world = warm(seed);
+        world.disks[1].dead = true;
+        world.write(range(0, 8));
+        world.settle();
+        world.bring_back(Slot::B);
+        while world.mirror.status().legs[1].state != LegState::Recovering {
+            assert!(world.step());
+        }
+        let first = world.write(range(2000, 2008));
+        let slow = loop {
+            let theirs = |op: &LegOp| matches!(op, LegOp::Write { range, .. } if range.start == 2000);
+            if let Some(io) = in_flight_on(&world, Slot::B, theirs) {
+                break io;
+            }
+            assert!(world.step());
+        };
+        world.stuck.insert(slow);
+        run_dry(&mut world);
+        assert_eq!(world.answers.get(&first), Some(&Ok(())), "a RECOVERING leg does not count for the answer");
+        let second = world.write(range(2004, 2012));
+        run_dry(&mut world);
+        assert!(!world.answers.contains_key(&second), "the first one may still land over it");
+        assert_eq!(world.mirror.status().legs[1].state, LegState::Recovering, "nor is a leg IN with I/O outstanding");
+        world.stuck.clear();
+        world.settle();
+        assert_eq!(world.answers[&second], Ok(()));
+        assert!(world.healthy());
+        world.assert_identical();
+    }
+}
+
+#[test]
+fn rule_06_nothing_is_issued_to_a_leg_for_a_range_after_its_release() {
+    for late in [Outcome::Failed(Errno::EAGAIN), Outcome::Done(512)] {
+        let mut world = warm(2);
+        let slow = world.write(range(0, 8));
+        let io = in_flight_on(&world, Slot::B, |op| matches!(op, LegOp::Write { .. })).expect("it was issued");
+        world.stuck.insert(io);
+        world.disks[1].dead = true;
+        let other = world.write(range(100, 108));
+        run_dry(&mut world);
+        assert_eq!((world.answers[&slow], world.answers[&other]), (Ok(()), Ok(())), "B is OUT: nobody waits for it");
+        world.end(io, late);
+        assert!(world.in_flight().is_empty(), "reissued after its release");
+    }
+}
+
+#[test]
+fn rule_06_a_leg_fault_is_not_reissued() {
+    let mut world = warm(3);
+    world.write(range(0, 8));
+    let io = in_flight_on(&world, Slot::B, |op| matches!(op, LegOp::Write { .. })).expect("it was issued");
+    world.end(io, Outcome::Failed(Errno::EREMOTEIO));
+    assert!(in_flight_on(&world, Slot::B, |_| true).is_none());
+    world.settle();
+    assert_eq!(world.mirror.status().legs[1].state, LegState::Out);
+}
