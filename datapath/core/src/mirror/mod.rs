@@ -434,7 +434,7 @@ impl Mirror {
                 None => Ok(None),
                 Some((rest, progress)) => {
                     let reissues = if progress { 0 } else { entry.reissues + 1 };
-                    if reissues <= REISSUES && self.may_reissue(slot) {
+                    if reissues <= REISSUES && self.may_reissue(slot, entry.purpose) {
                         return self.issue_again(slot, entry.purpose, rest, reissues, out);
                     }
                     Err(Errno::EIO)
@@ -442,7 +442,7 @@ impl Mirror {
             },
             (Outcome::Done(_), _) => Ok(None),
             (Outcome::Failed(errno), Some(op)) => {
-                if classify(errno) == Fault::Host && entry.reissues < REISSUES && self.may_reissue(slot) {
+                if classify(errno) == Fault::Host && entry.reissues < REISSUES && self.may_reissue(slot, entry.purpose) {
                     return self.issue_again(slot, entry.purpose, op, entry.reissues + 1, out);
                 }
                 Err(errno)
@@ -460,9 +460,11 @@ impl Mirror {
         }
     }
 
-    /// Nothing is reissued to a leg that is OUT or on its way there: its range is released, or may be any time now (mirror rule 6).
-    fn may_reissue(&self, slot: Slot) -> bool {
-        self.legs[slot.index()].takes_writes()
+    /// Nothing is reissued to a leg that is OUT or on its way there: its range is released, or may be any time now (mirror rule 6). The
+    /// first superblock of a leg that is being attached is no such thing.
+    fn may_reissue(&self, slot: Slot, purpose: Purpose) -> bool {
+        let leg = &self.legs[slot.index()];
+        leg.takes_writes() || (purpose == Purpose::Superblock && leg.state == State::Out)
     }
 
     /// A leg failed. The last IN leg never goes (mirror rule 14).

@@ -137,3 +137,22 @@ fn rule_06_a_leg_fault_is_not_reissued() {
     world.settle();
     assert_eq!(world.mirror.status().legs[1].state, LegState::Out);
 }
+
+#[test]
+fn rule_06_a_leg_that_is_being_attached_may_meet_a_host_fault() {
+    let mut world = warm(4);
+    world.disks[1].dead = true;
+    world.write(range(0, 8));
+    world.settle();
+    let attach = world.bring_back(Slot::B).expect("it has a place");
+    let superblock = loop {
+        if let Some(io) = in_flight_on(&world, Slot::B, |_| true) {
+            break io;
+        }
+        assert!(world.step());
+    };
+    world.end(superblock, Outcome::Failed(Errno::EAGAIN));
+    world.settle();
+    assert_eq!(world.answers[&attach], Ok(()));
+    assert!(world.healthy());
+}
