@@ -1,7 +1,7 @@
 # Everything that is built goes under ~/.cache/lockstep, never into the clone.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/lockstep/target
 .DEFAULT_GOAL := help
-.PHONY: help check test sim mutants native bench deny fmt
+.PHONY: help fmt check test sim mutants native sanity bench deny
 SEEDS ?= 10000
 
 help: ## List the targets
@@ -10,19 +10,23 @@ help: ## List the targets
 fmt: ## Format the code
 	cargo fmt --all
 
-check: ## Formatting, lints and unit tests
-	cargo fmt --all -- --check
-	cargo clippy --workspace --all-targets --locked -- -D warnings
-	cargo test --workspace --exclude lockstep-native --locked
+check: ## Formatting, lints, unit and simulator tests: minutes, no root
+	tests/run check unit
+
+test: ## Every tier, as CI runs it, and a table of them
+	tests/run
 
 sim: ## Random histories of the mirror on simulated disks (SEEDS=N)
 	SIM_SEEDS=$(SEEDS) cargo test -p lockstep-sim --locked --test mirror random -- --nocapture
 
 mutants: ## Break the core on purpose, patch by patch, and see a test fail
-	tests/mutants/run
+	tests/run mutants
 
 native: ## The datapath on loop disks with XFS, under fio (needs root)
-	tests/native/run
+	tests/run native
+
+sanity: ## Build csi-sanity, at the version that tests/sanity pins
+	tests/sanity/build
 
 bench: ## Lockstep against qemu's mirror and a plain loop device, on disks in memory (TMPDIR=... for others; needs root)
 	command -v qemu-storage-daemon >/dev/null || apt-get install -y -qq qemu-system-common qemu-utils fio xfsprogs >/dev/null
@@ -30,8 +34,4 @@ bench: ## Lockstep against qemu's mirror and a plain loop device, on disks in me
 	TMPDIR=$${TMPDIR:-/dev/shm} $(CARGO_TARGET_DIR)/release/bench
 
 deny: ## Licenses, sources and bans of the dependencies
-	command -v cargo-deny >/dev/null || cargo install --locked --quiet cargo-deny
-	cargo deny --locked check bans licenses sources
-
-test: check mutants native deny ## Everything, as CI runs it
-	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
+	tests/run deny
