@@ -6,7 +6,7 @@ use lockstep_core::{
     units::{Errno, Slot},
 };
 
-use crate::{range, warm};
+use crate::{range, run_dry, warm};
 
 #[test]
 fn case_33_what_one_leg_cannot_read_the_other_serves_and_it_is_repaired() {
@@ -121,11 +121,11 @@ fn rule_26_a_leg_that_needs_too_many_repairs_goes_out() {
 fn rule_26_a_repair_that_fails_takes_the_leg_out() {
     let mut world = warm(1);
     world.write(range(0, 8));
-    world.settle();
+    run_dry(&mut world);
     world.disks[0].dead = true;
     for _ in 0..4 {
         assert_eq!(world.read_now(3), Ok(2));
-        world.settle();
+        run_dry(&mut world);
     }
     assert!(world.notices.contains(&Notice::LegOut { slot: Slot::A }));
 }
