@@ -2,6 +2,8 @@
 //!
 //! A run that was cut off is cleaned up by the next one: everything lives under one directory per process, whose name carries the pid.
 
+pub mod scribble;
+
 use std::{
     fs,
     io::{BufRead, BufReader},

@@ -15,7 +15,11 @@ use lockstep_datapath::{
         units::{Errno, Slot},
     },
 };
-use lockstep_native::{Rig, Server, fio, identical, leg_id, run, succeeds};
+use lockstep_native::{
+    Rig, Server, fio, identical, leg_id, run,
+    scribble::{changed_pieces, write_while_changing},
+    succeeds,
+};
 
 const MIB: u64 = 256;
 
@@ -231,4 +235,23 @@ fn a_volume_grows_while_it_is_mounted() {
         volume.close().await.unwrap();
         assert!(identical(&legs[0], &legs[1]), "the copies differ");
     });
+}
+
+#[test]
+fn case_08_a_program_that_changes_its_buffer_in_flight_leaves_two_equal_copies() {
+    const PIECES: u64 = 1000;
+    let rig = Rig::new(2, 600);
+    let spec = rig.new_volume(1, MIB);
+    let legs = spec.legs.clone();
+    runtime().block_on(async {
+        let datapath = Datapath::start(1).unwrap();
+        let volume = datapath.open(spec).await.unwrap();
+        wait(&volume, "healthy", healthy).await;
+        let device = volume.device().to_owned();
+        tokio::task::spawn_blocking(move || write_while_changing(&device, PIECES)).await.unwrap().unwrap();
+        volume.close().await.unwrap();
+    });
+    assert!(identical(&legs[0], &legs[1]), "the copies differ");
+    let changed = changed_pieces(&legs[0].dir.join("data"), PIECES as usize).unwrap();
+    assert!(changed > 0, "no write was caught in flight: the test proved nothing");
 }
