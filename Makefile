@@ -1,7 +1,7 @@
 # Everything that is built goes under ~/.cache/lockstep, never into the clone.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/lockstep/target
 .DEFAULT_GOAL := help
-.PHONY: help fmt check test sim mutants native sanity bench deny
+.PHONY: help fmt check test sim mutants native csi demo bench deny
 SEEDS ?= 10000
 
 help: ## List the targets
@@ -25,8 +25,11 @@ mutants: ## Break the core on purpose, patch by patch, and see a test fail
 native: ## The datapath on loop disks with XFS, under fio (needs root)
 	tests/run native
 
-sanity: ## Build csi-sanity, at the version that tests/sanity pins
-	tests/sanity/build
+csi: ## Both binaries on loop disks: tests of calls, failures, bad input, and csi-sanity (needs root)
+	tests/run csi
+
+demo: ## The whole of it on this machine, in two minutes: provision, load, a failed disk, a rebuild, a kill (needs root)
+	tests/csi/demo
 
 bench: ## Lockstep against qemu's mirror and a plain loop device, on disks in memory (TMPDIR=... for others; needs root)
 	command -v qemu-storage-daemon >/dev/null || apt-get install -y -qq qemu-system-common qemu-utils fio xfsprogs >/dev/null
