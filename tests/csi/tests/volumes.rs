@@ -83,6 +83,27 @@ async fn a_bare_device_is_verified_under_load_and_a_flipped_byte_is_found() {
     driver.stop();
 }
 
+/// A minute of overlapping and verifying writers, on a file system and on a bare device at once: two volumes on one pair of disks.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_minute_of_load_all_copies_are_identical() {
+    const SECONDS: u32 = 60;
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    let ext4 = place(&lab, &driver, "ext4", 512 * MIB, Some("ext4")).await;
+    let block = place(&lab, &driver, "block", 512 * MIB, None).await;
+    ext4.up(&driver.client).await.unwrap();
+    block.up(&driver.client).await.unwrap();
+    let loads = [load::on_files(&ext4.target, SECONDS), load::on_device(&block.target, SECONDS)];
+    assert!(loads.into_iter().all(load::Load::succeeded), "fio found an error");
+    for place in [ext4, block] {
+        place.down(&driver.client).await.unwrap();
+        let copies = driver.copies(&place.id).await;
+        assert!(identical(&copies[0], &copies[1]), "the copies of {} differ", place.id);
+        driver.client.delete(&place.id).await.unwrap();
+    }
+    driver.stop();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_call_can_be_repeated_and_what_does_not_fit_is_refused() {
     let lab = Lab::new(2, 1500);

@@ -11,23 +11,14 @@ use lockstep_csi_tests::{
     lab::{Lab, text},
 };
 
-/// Why csi-sanity skips tests: what it says of it, and which capability that is. None of them is one of ours.
-const UNCLAIMED: [(&str, &str); 15] = [
-    ("ListSnapshots", "snapshots come with their issue"),
-    ("GetSnapshot", "snapshots come with their issue"),
-    ("DeleteSnapshot", "snapshots come with their issue"),
-    ("CreateSnapshot", "snapshots come with their issue"),
-    ("snapshot not supported", "snapshots come with their issue"),
-    ("Snapshot not supported", "snapshots come with their issue"),
-    ("ControllerModifyVolume", "parameters cannot be changed yet"),
-    ("ModifyVolume", "parameters cannot be changed yet"),
-    ("Volume Cloning", "clones come with their issue"),
-    ("Cloning", "clones come with their issue"),
-    ("GroupController", "groups of snapshots are not offered"),
-    ("ControllerPublishVolume", "a local volume is not attached: attachRequired is false"),
-    ("ControllerUnpublishVolume", "a local volume is not attached: attachRequired is false"),
-    ("PublishUnpublish", "a local volume is not attached: attachRequired is false"),
-    ("Health", "the health calls come with their issue"),
+/// Why csi-sanity skips tests: a word of its reason, and what we say to that. None of them is a capability that we claim.
+const UNCLAIMED: [(&str, &str); 6] = [
+    ("health", "the health calls come with their issue"),
+    ("modify", "parameters cannot be changed yet"),
+    ("cloning", "clones come with their issue"),
+    ("snapshot", "snapshots come with their issue"),
+    ("groupcontroller", "groups of snapshots are not offered"),
+    ("publish", "a local volume is not attached: attachRequired is false"),
 ];
 
 /// What the run says, from its JUnit report.
@@ -108,8 +99,8 @@ async fn main() -> anyhow::Result<()> {
         passed += report.passed;
         failed += report.failed;
         for (reason, names) in &report.skipped {
-            let known =
-                UNCLAIMED.iter().find(|(capability, _)| reason.contains(capability) || names.iter().all(|name| name.contains(capability)));
+            let said = reason.to_lowercase();
+            let known = UNCLAIMED.iter().find(|(word, _)| said.contains(word));
             match known {
                 _ if reason == "pending" => println!("  {} switched off by its authors: {}", names.len(), names.join("; ")),
                 Some((_, why)) => println!("  {} skipped, {reason}: {why}", names.len()),
