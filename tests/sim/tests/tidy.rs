@@ -1,0 +1,95 @@
+//! The shape of the repository: which crate may know which, how long a file gets, what nobody leaves behind.
+#![allow(missing_docs)]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// Who may depend on whom, of ours. What is not named here is a test, which may know everybody and whom nobody may know.
+const ARROWS: [(&str, &[&str]); 6] = [
+    ("lockstep-core", &[]),
+    ("lockstep-datapath", &["lockstep-core"]),
+    ("lockstep-proto", &[]),
+    ("lockstep-store", &["lockstep-proto"]),
+    ("lockstep-csi-controller", &["lockstep-proto", "lockstep-store"]),
+    ("lockstep-csi-node", &["lockstep-datapath", "lockstep-proto", "lockstep-store"]),
+];
+const LINES: usize = 600;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().expect("the workspace")
+}
+
+/// Every file below, but for what is hidden or built.
+fn files(directory: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(directory).expect("readable").flatten() {
+        let (path, name) = (entry.path(), entry.file_name());
+        if name.to_string_lossy().starts_with('.') || name == "target" {
+            continue;
+        }
+        if path.is_dir() { files(&path, found) } else { found.push(path) }
+    }
+}
+
+fn named(ending: &str) -> Vec<(PathBuf, String)> {
+    let mut found = Vec::new();
+    files(&root(), &mut found);
+    let wanted = found.into_iter().filter(|path| path.to_string_lossy().ends_with(ending));
+    let files: Vec<_> = wanted.map(|path| (path.clone(), fs::read_to_string(path).expect("text"))).collect();
+    assert!(!files.is_empty(), "no {ending} was found");
+    files
+}
+
+/// By crate: the crates of ours that it names as a dependency of any kind.
+fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
+    let mut all = BTreeMap::new();
+    for (_, manifest) in named("Cargo.toml") {
+        let (mut name, mut section, mut ours) = (None, "", BTreeSet::new());
+        for line in manifest.lines() {
+            let key = line.split(['=', '.', ' ']).next().unwrap_or_default();
+            if line.starts_with('[') {
+                section = line;
+            } else if section == "[package]" && key == "name" {
+                name = line.split('"').nth(1).map(str::to_owned);
+            } else if section.ends_with("dependencies]") && key.starts_with("lockstep-") {
+                ours.insert(key.to_owned());
+            }
+        }
+        if let Some(name) = name {
+            all.insert(name, ours);
+        }
+    }
+    all
+}
+
+#[test]
+fn arrows_point_one_way() {
+    let all = dependencies();
+    for (name, allowed) in ARROWS {
+        let found = all.get(name).unwrap_or_else(|| panic!("{name} is gone"));
+        for other in found {
+            assert!(allowed.contains(&other.as_str()), "{name} must not know {other}");
+        }
+    }
+    assert!(all["lockstep-sim"].contains("lockstep-core"), "the manifests are not read as they are written");
+}
+
+#[test]
+fn no_file_is_longer_than_its_reader_likes() {
+    for (path, text) in named(".rs") {
+        let lines = text.lines().count();
+        assert!(lines <= LINES, "{}: {lines} lines: where is its seam?", path.display());
+    }
+}
+
+#[test]
+fn nothing_is_left_for_later_or_left_out() {
+    let banned = [concat!("todo", "!("), concat!("unimplemented", "!("), concat!("#[ig", "nore")];
+    for (path, text) in named(".rs") {
+        for word in banned {
+            assert!(!text.contains(word), "{}: {word}", path.display());
+        }
+    }
+}
