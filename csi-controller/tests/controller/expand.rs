@@ -67,6 +67,8 @@ async fn what_its_node_refuses_is_taken_back_and_can_be_asked_for_again() {
     let rig = Rig::new();
     rig.disks("a", &[4, 4]).await;
     rig.existing("v", "a", GIB, |status| status.refused_capacity_bytes = Some(4 * GIB)).await;
+    let call = rig.controller.controller_expand_volume(within(100, grow("v", 4 * GIB))).await;
+    refused(call, Code::DeadlineExceeded);
     rig.node("a", TAKES);
     assert_eq!(rig.expand(grow("v", 4 * GIB)).await.unwrap(), 4 * GIB);
 }
