@@ -6,5 +6,6 @@ mod delete;
 mod expand;
 mod look;
 mod place;
+mod race;
 mod rig;
 mod serve;
