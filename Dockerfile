@@ -7,16 +7,16 @@ COPY . .
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/target \
     CARGO_TARGET_DIR=/target cargo build --release --locked -p lockstep-csi-controller -p lockstep-csi-node \
-    && install -D -t /out /target/release/lockstep-csi-controller /target/release/lockstep-csi-node
+    && install -D -t /out /target/release/csi-controller /target/release/csi-node
 
 FROM debian:trixie-slim AS controller
-COPY --from=builder /out/lockstep-csi-controller /usr/local/bin/
+COPY --from=builder /out/csi-controller /usr/local/bin/
 USER 65532:65532
-ENTRYPOINT ["/usr/local/bin/lockstep-csi-controller"]
+ENTRYPOINT ["/usr/local/bin/csi-controller"]
 
 FROM debian:trixie-slim AS node
 RUN apt-get update \
     && apt-get install -y --no-install-recommends e2fsprogs mount util-linux xfsprogs \
     && rm -rf /var/lib/apt/lists/*
-COPY --from=builder /out/lockstep-csi-node /usr/local/bin/
-ENTRYPOINT ["/usr/local/bin/lockstep-csi-node"]
+COPY --from=builder /out/csi-node /usr/local/bin/
+ENTRYPOINT ["/usr/local/bin/csi-node"]
