@@ -15,8 +15,10 @@ use lockstep_core::{
     units::{BLOCK_SIZE, BlockRange, Errno},
 };
 use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, flock, seek};
+use tracing::debug;
 
 use crate::{
+    abi::xfs,
     buffers::{Class, Pool, Window},
     error::{Context, Error},
 };
@@ -100,13 +102,20 @@ pub(crate) struct OpenLeg {
     meta_file: File,
 }
 
-fn open_direct(path: &Path, flags: i32) -> Result<File, Error> {
-    OpenOptions::new()
+/// Opens a file for direct I/O that leaves its time stamps alone, or at least for direct I/O.
+fn open_direct(dir: &Path, name: &str, flags: i32) -> Result<File, Error> {
+    let (path, flags) = (dir.join(name), libc::O_DIRECT | flags);
+    let file = OpenOptions::new()
         .read(true)
         .write(true)
-        .custom_flags(libc::O_DIRECT | flags)
-        .open(path)
-        .context(|| format!("opening {}", path.display()))
+        .custom_flags(flags)
+        .open(&path)
+        .context(|| format!("opening {}", path.display()))?;
+    let directory = File::open(dir).context(|| format!("opening {}", dir.display()))?;
+    Ok(xfs::reopen_without_times(&directory, &file, libc::O_RDWR | libc::O_CLOEXEC | flags).unwrap_or_else(|error| {
+        debug!(%error, path = %path.display(), "opened with time stamps");
+        file
+    }))
 }
 
 /// Locks a file for as long as it is open. In-flight I/O of a dead process keeps its open file and with it the lock: who gets the lock has
@@ -128,11 +137,11 @@ impl OpenLeg {
     /// Opens and fences the leg in `dir`. Blocks: up to 10 s if an earlier process's writes are still on their way.
     pub(crate) fn open(dir: &Path) -> Result<Self, Error> {
         let path = dir.join("data");
-        let data = open_direct(&path, 0)?;
+        let data = open_direct(dir, "data", 0)?;
         let deadline = Instant::now() + FENCE_DEADLINE;
         fence(&data, &path, deadline)?;
         let meta_path = dir.join("meta");
-        let meta_file = open_direct(&meta_path, libc::O_DSYNC)?;
+        let meta_file = open_direct(dir, "meta", libc::O_DSYNC)?;
         fence(&meta_file, &meta_path, deadline)?;
         let mut meta = Vec::new();
         File::open(&meta_path)

@@ -2,3 +2,4 @@
 
 pub(crate) mod fuse;
 pub(crate) mod loop_device;
+pub(crate) mod xfs;
