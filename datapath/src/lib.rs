@@ -12,6 +12,7 @@
 
 mod abi;
 mod buffers;
+mod connection;
 mod error;
 mod leg;
 mod thread;

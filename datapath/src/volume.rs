@@ -8,7 +8,6 @@
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
-    io::IoSlice,
     os::{fd::OwnedFd, unix::fs::FileExt},
     panic::{AssertUnwindSafe, catch_unwind},
     rc::Rc,
@@ -22,15 +21,13 @@ use lockstep_core::{
     status::{Status, Sync},
     units::{BLOCK_SIZE, BlockRange, Errno, Instant, Slot, Tag},
 };
-use tokio::{
-    io::unix::AsyncFd,
-    sync::{Notify, broadcast, mpsc, oneshot, watch},
-};
-use tracing::{debug, error, info, warn};
+use tokio::sync::{Notify, broadcast, mpsc, oneshot, watch};
+use tracing::{error, info, warn};
 
 use crate::{
     abi::fuse::{self, Operation},
     buffers::{Buffer, Class, PAGE, Pool, Window},
+    connection::Connection,
     leg::{LegFiles, OpenLeg, Prepared},
 };
 
@@ -91,7 +88,7 @@ struct Volume {
     mirror: RefCell<Option<Mirror>>,
     legs: RefCell<[Option<Rc<LegFiles>>; 2]>,
     witness: Arc<std::fs::File>,
-    fuse: AsyncFd<OwnedFd>,
+    fuse: Connection,
     entries: RefCell<HashMap<Tag, Entry>>,
     copies: RefCell<[Option<Rc<Buffer>>; COPY_WINDOW as usize]>,
     born: std::time::Instant,
@@ -115,7 +112,7 @@ pub(crate) async fn run(start: Start, pool: Rc<Pool>, landing: Rc<RefCell<Option
             Err(error) => return error!(volume = start.name, %error, "the volume cannot be started"),
         }
     }
-    let fuse = match fuse::watch(start.fuse) {
+    let fuse = match Connection::new(start.fuse) {
         Ok(fuse) => fuse,
         Err(error) => return error!(volume = start.name, %error, "the FUSE device cannot be polled"),
     };
@@ -148,9 +145,9 @@ pub(crate) async fn run(start: Start, pool: Rc<Pool>, landing: Rc<RefCell<Option
                 let _ = reply.send(fill);
             }
             Command::InvalidateAttributes(reply) => {
-                let sent = rustix::io::write(volume.fuse.get_ref(), &fuse::invalidate_attributes());
+                let sent = volume.fuse.notify(&fuse::invalidate_attributes());
                 // ENOENT: the kernel has nothing cached.
-                let sent = sent.map(drop).or_else(|errno| if errno == rustix::io::Errno::NOENT { Ok(()) } else { Err(errno) });
+                let sent = sent.or_else(|errno| if errno == rustix::io::Errno::NOENT { Ok(()) } else { Err(errno) });
                 let _ = reply.send(sent.map_err(|errno| Errno(errno.raw_os_error())));
             }
             Command::Close(reply) => {
@@ -292,18 +289,12 @@ impl Volume {
 
     fn reply(&self, unique: u64, answer: Answer, payload: Option<&(Rc<Buffer>, usize)>, result: Result<(), Errno>) {
         match (result, answer, payload) {
-            (Err(errno), ..) => self.send(unique, errno.0, &[]),
-            (Ok(()), Answer::Written(size), _) => self.send(unique, 0, &fuse::write_reply(size)),
-            (Ok(()), Answer::Payload(len), Some((buffer, start))) => self.send(unique, 0, &buffer.bytes()[*start..*start + len]),
-            (Ok(()), Answer::Empty | Answer::Payload(_), _) => self.send(unique, 0, &[]),
-        }
-    }
-
-    fn send(&self, unique: u64, error: i32, body: &[u8]) {
-        let header = fuse::reply_header(unique, error, body.len());
-        if let Err(errno) = rustix::io::writev(self.fuse.get_ref(), &[IoSlice::new(&header), IoSlice::new(body)]) {
-            // ENOENT: the request was aborted. ENODEV: unmounted.
-            debug!(unique, %errno, "a reply was not wanted");
+            (Err(errno), ..) => self.fuse.reply(unique, errno.0, &[]),
+            (Ok(()), Answer::Written(size), _) => self.fuse.reply(unique, 0, &fuse::write_reply(size)),
+            (Ok(()), Answer::Payload(len), Some((buffer, start))) => {
+                self.fuse.reply_payload(unique, Window::new(Rc::clone(buffer), *start, len));
+            }
+            (Ok(()), Answer::Empty | Answer::Payload(_), _) => self.fuse.reply(unique, 0, &[]),
         }
     }
 
@@ -419,7 +410,7 @@ impl Volume {
                 let mut slot = landing.borrow_mut();
                 let Some(mut buffer) = slot.take() else { break };
                 let start = PAGE - fuse::WRITE_HEAD;
-                match rustix::io::read(self.fuse.get_ref(), &mut buffer.bytes_mut()[start..]) {
+                match self.fuse.read(&mut buffer.bytes_mut()[start..]) {
                     Ok(len) => *slot = self.request(buffer, start, len),
                     Err(rustix::io::Errno::WOULDBLOCK) => {
                         *slot = Some(buffer);
@@ -456,29 +447,29 @@ impl Volume {
         let unique = request.unique;
         match request.operation {
             Operation::Ignored => {}
-            Operation::Nothing => self.send(unique, 0, &[]),
-            Operation::Unsupported(errno) => self.send(unique, errno, &[]),
+            Operation::Nothing => self.fuse.reply(unique, 0, &[]),
+            Operation::Unsupported(errno) => self.fuse.reply(unique, errno, &[]),
             Operation::Init { major: 7, minor, readahead, flags } => {
-                self.send(unique, 0, &fuse::init_reply(minor, readahead, flags));
+                self.fuse.reply(unique, 0, &fuse::init_reply(minor, readahead, flags));
             }
-            Operation::Init { .. } => self.send(unique, libc::EPROTO, &[]),
-            Operation::GetAttr => self.send(unique, 0, &fuse::attr_reply(size)),
-            Operation::Open => self.send(unique, 0, &fuse::open_reply()),
-            Operation::Statfs => self.send(unique, 0, &fuse::statfs_reply(size)),
+            Operation::Init { .. } => self.fuse.reply(unique, libc::EPROTO, &[]),
+            Operation::GetAttr => self.fuse.reply(unique, 0, &fuse::attr_reply(size)),
+            Operation::Open => self.fuse.reply(unique, 0, &fuse::open_reply()),
+            Operation::Statfs => self.fuse.reply(unique, 0, &fuse::statfs_reply(size)),
             Operation::Fsync => self.submit(unique, Answer::Empty, None, io::Request::Flush),
             Operation::Zero { offset, length } => match blocks(offset, length) {
                 Some(range) => self.submit(unique, Answer::Empty, None, io::Request::Zero(range)),
-                None => self.send(unique, libc::EINVAL, &[]),
+                None => self.fuse.reply(unique, libc::EINVAL, &[]),
             },
             Operation::Read { offset, size: wanted } => {
                 let len = u64::from(wanted).min(size.saturating_sub(offset));
                 match blocks(offset, len) {
-                    _ if len == 0 => self.send(unique, 0, &[]),
-                    None => self.send(unique, libc::EINVAL, &[]),
+                    _ if len == 0 => self.fuse.reply(unique, 0, &[]),
+                    None => self.fuse.reply(unique, libc::EINVAL, &[]),
                     Some(range) => {
                         let class = if len as usize <= Class::Small.bytes() { Class::Small } else { Class::Large };
                         let Some(payload) = self.pool.take(class) else {
-                            self.send(unique, libc::EAGAIN, &[]);
+                            self.fuse.reply(unique, libc::EAGAIN, &[]);
                             return Some(buffer);
                         };
                         self.submit(unique, Answer::Payload(len as usize), Some((Rc::new(payload), 0)), io::Request::Read(range));
@@ -487,7 +478,7 @@ impl Volume {
             }
             Operation::Write { offset, size: len } => {
                 let Some(range) = blocks(offset, len.into()) else {
-                    self.send(unique, libc::EINVAL, &[]);
+                    self.fuse.reply(unique, libc::EINVAL, &[]);
                     return Some(buffer);
                 };
                 let request = io::Request::Write { range, fua: false };
@@ -507,7 +498,7 @@ impl Volume {
 
     fn submit(self: &Rc<Self>, unique: u64, answer: Answer, payload: Option<(Rc<Buffer>, usize)>, request: io::Request) {
         if self.mirror.borrow().is_none() {
-            return self.send(unique, libc::EIO, &[]);
+            return self.fuse.reply(unique, libc::EIO, &[]);
         }
         let tag = Tag(unique);
         self.entries.borrow_mut().insert(tag, Entry { pending: Pending::Fuse { unique, answer }, payload });

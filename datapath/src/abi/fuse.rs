@@ -8,6 +8,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub(crate) const IN_HEADER: usize = 40;
 /// Header of a WRITE request before its payload.
 pub(crate) const WRITE_HEAD: usize = IN_HEADER + 40;
+/// Header of a reply.
+pub(crate) const REPLY_HEAD: usize = 16;
+/// The largest body of a reply that is no payload.
+pub(crate) const MAX_BODY: usize = size_of::<AttrOut>();
 /// The root is the file.
 pub(crate) const ROOT: u64 = 1;
 /// Largest payload of one request.
@@ -249,7 +253,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Option<Request> {
 }
 
 /// A reply's header; `payload` is how many bytes follow it.
-pub(crate) fn reply_header(unique: u64, error: i32, payload: usize) -> [u8; 16] {
+pub(crate) fn reply_header(unique: u64, error: i32, payload: usize) -> [u8; REPLY_HEAD] {
     zerocopy::transmute!(OutHeader { len: (16 + payload) as u32, error: -error, unique })
 }
 
