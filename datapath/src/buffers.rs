@@ -7,13 +7,15 @@
 #![allow(unsafe_code)]
 
 use std::{
-    alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
-    cell::RefCell,
+    alloc::{Layout, handle_alloc_error},
+    cell::{Cell, RefCell},
+    io,
     ptr::NonNull,
     rc::Rc,
 };
 
 use tokio::sync::Notify;
+use tokio_uring::buf::fixed::FixedBufRegistry;
 
 pub(crate) const PAGE: usize = 4096;
 
@@ -53,36 +55,106 @@ impl Class {
     }
 }
 
+/// All memory of a pool, in one piece of huge pages: the kernel looks each page up that an I/O touches, and so it has fewer to look up.
 #[derive(Debug)]
-struct Memory(NonNull<u8>, Layout);
+struct Arena {
+    base: NonNull<u8>,
+    len: usize,
+    mapping: (*mut libc::c_void, usize),
+}
 
-impl Memory {
-    fn new(class: Class) -> Self {
-        let layout = Layout::from_size_align(class.bytes(), PAGE).expect("a multiple of the page");
-        // SAFETY: the layout is not empty.
-        let memory = unsafe { alloc_zeroed(layout) };
-        Self(NonNull::new(memory).unwrap_or_else(|| handle_alloc_error(layout)), layout)
+const HUGE_PAGE: usize = 2 << 20;
+
+impl Arena {
+    fn new(len: usize) -> Self {
+        let layout = Layout::from_size_align(len.next_multiple_of(HUGE_PAGE), HUGE_PAGE).expect("a pool is no larger than memory");
+        // SAFETY: an anonymous private mapping, at an address of the kernel's choice, touches nobody's memory.
+        let mapping = unsafe {
+            let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            libc::mmap(std::ptr::null_mut(), layout.size() + HUGE_PAGE, access, kind, -1, 0)
+        };
+        if mapping == libc::MAP_FAILED {
+            handle_alloc_error(layout);
+        }
+        let first = mapping.cast::<u8>();
+        let base = first.wrapping_add(first.align_offset(HUGE_PAGE));
+        // SAFETY: the mapping has room for `layout.size()` bytes from any place in its first huge page; this is advice only, and may fail.
+        unsafe { libc::madvise(base.cast(), layout.size(), libc::MADV_HUGEPAGE) };
+        let base = NonNull::new(base).expect("a mapping is not at 0");
+        Self { base, len: layout.size(), mapping: (mapping, layout.size() + HUGE_PAGE) }
     }
 }
 
-impl Drop for Memory {
+impl Drop for Arena {
     fn drop(&mut self) {
-        // SAFETY: it was allocated with this layout, and only here is it freed.
-        unsafe { dealloc(self.0.as_ptr(), self.1) }
+        // SAFETY: nobody has a pointer into the arena without its `Rc`. I/O that a ring left behind has its pages, mapped or not.
+        unsafe { libc::munmap(self.mapping.0, self.mapping.1) };
     }
 }
+
+/// The arena for the ring, which keeps it for as long as it is registered.
+#[derive(Debug)]
+struct Registered(Rc<Arena>);
+
+// SAFETY: the arena does not move, and is unmapped only when the last `Rc` of it is gone.
+unsafe impl tokio_uring::buf::IoBuf for Registered {
+    fn stable_ptr(&self) -> *const u8 {
+        self.0.base.as_ptr()
+    }
+    fn bytes_init(&self) -> usize {
+        self.0.len
+    }
+    fn bytes_total(&self) -> usize {
+        self.0.len
+    }
+}
+
+// SAFETY: as above; all of it is initialized from the start.
+unsafe impl tokio_uring::buf::IoBufMut for Registered {
+    fn stable_mut_ptr(&mut self) -> *mut u8 {
+        self.0.base.as_ptr()
+    }
+    unsafe fn set_init(&mut self, _: usize) {}
+}
+
+#[derive(Debug)]
+struct Memory(NonNull<u8>);
 
 /// The pool.
 #[derive(Debug)]
 pub(crate) struct Pool {
     free: [RefCell<Vec<Memory>>; 4],
     freed: Notify,
+    arena: Rc<Arena>,
+    registered: Cell<bool>,
 }
 
 impl Pool {
     pub(crate) fn new() -> Rc<Self> {
-        let class = |class: Class| RefCell::new((0..class.count()).map(|_| Memory::new(class)).collect());
-        Rc::new(Self { free: Class::ALL.map(class), freed: Notify::new() })
+        let arena = Rc::new(Arena::new(Class::ALL.iter().map(|class| class.bytes() * class.count()).sum()));
+        let mut at = 0;
+        let mut cut = |class: Class| {
+            let memory = (0..class.count()).map(|_| {
+                at += class.bytes();
+                // SAFETY: the arena is as long as all buffers together.
+                Memory(unsafe { arena.base.add(at - class.bytes()) })
+            });
+            RefCell::new(memory.collect())
+        };
+        let free = Class::ALL.map(&mut cut);
+        Rc::new(Self { free, freed: Notify::new(), arena, registered: Cell::new(false) })
+    }
+
+    /// Makes the pool known to the calling thread's ring: its pages are looked up and locked now, and not by each I/O.
+    pub(crate) fn register(&self) -> io::Result<()> {
+        FixedBufRegistry::new([Registered(Rc::clone(&self.arena))]).register()?;
+        self.registered.set(true);
+        Ok(())
+    }
+
+    /// Whether the ring knows the pool, as its buffer 0.
+    pub(crate) fn registered(&self) -> bool {
+        self.registered.get()
     }
 
     pub(crate) fn available(&self, class: Class) -> bool {
@@ -133,7 +205,7 @@ impl Buffer {
 
     /// The bytes. The caller knows that no leg I/O writes to them now.
     pub(crate) fn bytes(&self) -> &[u8] {
-        // SAFETY: the memory is initialized (zeroed at birth), lives as long as `self`, and is written only by the kernel on behalf of
+        // SAFETY: the memory is initialized (zeroed at birth), lives as long as the pool, is this buffer's alone, and is written only by the kernel on behalf of
         // a read that the core asked for; the core answers a request, which is when its bytes are looked at, after those reads ended.
         unsafe { std::slice::from_raw_parts(self.pointer(), self.class.bytes()) }
     }

@@ -3,18 +3,23 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Write},
-    os::unix::fs::OpenOptionsExt,
+    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     rc::Rc,
     time::{Duration, Instant},
 };
 
+use io_uring::{cqueue, opcode, types};
 use lockstep_core::{
     format,
     io::{LegOp, Outcome, Page},
     units::{BLOCK_SIZE, BlockRange, Errno},
 };
 use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, flock, seek};
+use tokio_uring::{
+    InFlightOneshot, OneshotOutputTransform, UnsubmittedOneshot,
+    buf::{IoBuf, IoBufMut},
+};
 use tracing::debug;
 
 use crate::{
@@ -105,12 +110,8 @@ pub(crate) struct OpenLeg {
 /// Opens a file for direct I/O that leaves its time stamps alone, or at least for direct I/O.
 fn open_direct(dir: &Path, name: &str, flags: i32) -> Result<File, Error> {
     let (path, flags) = (dir.join(name), libc::O_DIRECT | flags);
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(flags)
-        .open(&path)
-        .context(|| format!("opening {}", path.display()))?;
+    let file =
+        OpenOptions::new().read(true).write(true).custom_flags(flags).open(&path).context(|| format!("opening {}", path.display()))?;
     let directory = File::open(dir).context(|| format!("opening {}", dir.display()))?;
     Ok(xfs::reopen_without_times(&directory, &file, libc::O_RDWR | libc::O_CLOEXEC | flags).unwrap_or_else(|error| {
         debug!(%error, path = %path.display(), "opened with time stamps");
@@ -209,17 +210,59 @@ fn outcome(result: io::Result<u64>) -> Outcome {
     }
 }
 
+#[derive(Clone, Copy)]
+enum Direction {
+    Read,
+    Write,
+}
+
+/// What the kernel uses until an operation's end.
+struct InFlight {
+    _files: Rc<LegFiles>,
+    _window: Window,
+}
+
+struct Transferred;
+
+impl OneshotOutputTransform for Transferred {
+    type Output = io::Result<u64>;
+    type StoredData = InFlight;
+    fn transform_oneshot_output(self, _: InFlight, entry: cqueue::Entry) -> io::Result<u64> {
+        u64::try_from(entry.result()).map_err(|_| io::Error::from_raw_os_error(-entry.result()))
+    }
+}
+
+/// Reads or writes `data`.
+fn transfer(
+    files: &Rc<LegFiles>,
+    pool: &Pool,
+    direction: Direction,
+    mut window: Window,
+    at: u64,
+) -> InFlightOneshot<InFlight, Transferred> {
+    let (memory, len) = (window.stable_mut_ptr(), window.bytes_total() as u32);
+    let fd = types::Fd(files.data.as_raw_fd());
+    let entry = match (direction, pool.registered()) {
+        (Direction::Read, true) => opcode::ReadFixed::new(fd, memory, len, 0).offset(at).build(),
+        (Direction::Read, false) => opcode::Read::new(fd, memory, len).offset(at).build(),
+        (Direction::Write, true) => opcode::WriteFixed::new(fd, memory, len, 0).offset(at).build(),
+        (Direction::Write, false) => opcode::Write::new(fd, memory, len).offset(at).build(),
+    };
+    // What the entry points to is in `InFlight`, which the ring keeps to the operation's end, also if nobody waits for it any more.
+    UnsubmittedOneshot::new(InFlight { _files: Rc::clone(files), _window: window }, Transferred, entry).submit()
+}
+
 impl LegFiles {
     /// Does it.
-    pub(crate) async fn perform(&self, pool: &Rc<Pool>, op: Prepared) -> Outcome {
+    pub(crate) async fn perform(self: &Rc<Self>, pool: &Rc<Pool>, op: Prepared) -> Outcome {
         match op {
-            Prepared::Read { at, window } => outcome(self.data.read_at(window, at).await.0.map(|n| n as u64)),
+            Prepared::Read { at, window } => outcome(transfer(self, pool, Direction::Read, window, at).await),
             Prepared::Write { at, window, fua } => {
-                let written = self.data.write_at(window, at).submit().await.0;
+                let written = transfer(self, pool, Direction::Write, window, at).await;
                 if fua && written.is_ok() {
-                    return outcome(self.data.sync_data().await.and(written.map(|n| n as u64)));
+                    return outcome(self.data.sync_data().await.and(written));
                 }
-                outcome(written.map(|n| n as u64))
+                outcome(written)
             }
             Prepared::Zero(range) => {
                 outcome(self.data.fallocate(range.byte_offset(), range.byte_len(), ZERO_KEEPING_SPACE).await.map(|()| 0))

@@ -11,7 +11,7 @@ use std::{
 };
 
 use tokio::sync::mpsc;
-use tracing::Instrument;
+use tracing::{Instrument, warn};
 
 use crate::{buffers::Pool, volume};
 
@@ -36,6 +36,9 @@ impl Thread {
             ring.setup_coop_taskrun().setup_single_issuer();
             tokio_uring::builder().entries(RING_ENTRIES).uring_builder(&ring).start(async move {
                 let pool = Pool::new();
+                if let Err(error) = pool.register() {
+                    warn!(%error, "the payload memory is neither locked nor known to the ring: slower, and it can be swapped out");
+                }
                 let landing = Rc::new(RefCell::new(None));
                 while let Some(start) = incoming.recv().await {
                     let span = tracing::info_span!("volume", id = start.name);
