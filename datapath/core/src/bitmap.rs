@@ -54,6 +54,8 @@ pub struct Bitmap {
     pub regions: Vec<Region>,
     /// By number.
     pub pages: Vec<Page>,
+    /// `false`: no region is unsynced. Spares every event a look at every region.
+    pub maybe_unsynced: bool,
 }
 
 /// The regions that a range touches.
@@ -70,7 +72,7 @@ pub fn blocks_of(region: usize, blocks: u64) -> BlockRange {
 impl Bitmap {
     /// The bitmap of a volume of `blocks` blocks, all clean.
     pub fn new(blocks: u64) -> Self {
-        let mut bitmap = Self { regions: Vec::new(), pages: Vec::new() };
+        let mut bitmap = Self { regions: Vec::new(), pages: Vec::new(), maybe_unsynced: true };
         bitmap.extend(blocks);
         bitmap
     }

@@ -80,6 +80,7 @@ impl Mirror {
 
     /// Starts what the legs' states ask for, if nothing runs.
     fn choose_sync(&mut self, out: &mut Effects) {
+        debug_assert!(self.bitmap.maybe_unsynced || self.bitmap.regions.iter().all(|region| !region.unsynced));
         let regions = self.bitmap.regions.iter().enumerate();
         let recovering = Slot::BOTH.into_iter().find_map(|slot| match self.legs[slot.index()].state {
             State::Recovering(fill) => Some((slot, fill)),
@@ -90,8 +91,9 @@ impl Mirror {
             let wanted = regions.filter(|(i, region)| region.set || (fill == Fill::Everything && *i >= first)).map(|(i, _)| i).collect();
             self.begin_sync(Some((slot, fill)), wanted);
             out.push(Effect::Notice(Notice::RebuildStarted { slot, fill }));
-        } else if self.in_count() == 2 {
+        } else if self.in_count() == 2 && self.bitmap.maybe_unsynced {
             let wanted: VecDeque<usize> = regions.filter(|(_, region)| region.unsynced).map(|(i, _)| i).collect();
+            self.bitmap.maybe_unsynced = !wanted.is_empty();
             if !wanted.is_empty() {
                 out.push(Effect::Notice(Notice::ResyncStarted { regions: wanted.len() as u64 }));
                 self.begin_sync(None, wanted);

@@ -151,6 +151,7 @@ impl Mirror {
     }
 
     pub(super) fn mark_unsynced(&mut self, range: BlockRange) {
+        self.bitmap.maybe_unsynced = true;
         for region in crate::bitmap::regions_of(range) {
             self.bitmap.regions[region].unsynced = true;
         }
