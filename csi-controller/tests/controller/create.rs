@@ -11,7 +11,7 @@ use lockstep_proto::{
 use tonic::{Code, Request};
 
 use crate::rig::{
-    GIB, Plays, Rig, TAKES, block, capability, contains, mount, nodes, polled, range, refused, repeated, topology, wanted, within,
+    GIB, PATIENT, Plays, Rig, TAKES, block, capability, contains, mount, nodes, polled, range, refused, repeated, topology, wanted, within,
 };
 
 #[tokio::test]
@@ -159,7 +159,7 @@ async fn a_call_whose_time_is_over_says_what_it_waits_for_and_goes_on_when_it_is
     rig.disks("b", &[8, 8]).await;
     rig.node("b", Plays::OnlyClaims);
     let request = CreateVolumeRequest { accessibility_requirements: nodes(&["b"], &["b"]), ..wanted("w") };
-    let late = rig.controller.create_volume(within(300, request)).await;
+    let late = rig.controller.create_volume(within(2500, request)).await;
     contains(&refused(late, Code::DeadlineExceeded), &["node b", "(claimed"]);
 }
 
@@ -207,7 +207,7 @@ async fn a_call_that_is_dropped_at_any_point_and_repeated_makes_one_volume_on_th
     rig.node_with_disks("b", TAKES).await;
     for times in 1.. {
         let name = format!("v{times}");
-        let request = || within(5000, CreateVolumeRequest { accessibility_requirements: nodes(&["a", "b"], &["a"]), ..wanted(&name) });
+        let request = || within(PATIENT, CreateVolumeRequest { accessibility_requirements: nodes(&["a", "b"], &["a"]), ..wanted(&name) });
         let done = polled(times, rig.controller.create_volume(request())).await;
         let volume = repeated(|| rig.controller.create_volume(request())).await.volume.unwrap();
         assert_eq!((volume.volume_id.as_str(), &volume.accessible_topology), (name.as_str(), &vec![topology("b")]));
@@ -226,7 +226,7 @@ async fn two_replicas_at_once_make_one_volume_and_give_the_same_answer() {
     rig.node_with_disks("a", TAKES).await;
     let other = rig.replica();
     for number in 0..20 {
-        let request = || within(5000, wanted(&format!("v{number}")));
+        let request = || within(PATIENT, wanted(&format!("v{number}")));
         let (one, two) = tokio::join!(repeated(|| rig.controller.create_volume(request())), repeated(|| other.create_volume(request())));
         assert_eq!(one, two);
     }
@@ -257,12 +257,12 @@ async fn a_volume_that_another_call_deleted_meanwhile_is_not_answered() {
     let rig = Rig::new();
     rig.disks("a", &[8, 8]).await;
     let controller = rig.controller.clone();
-    let first = tokio::spawn(async move { controller.create_volume(within(5000, wanted("v"))).await });
+    let first = tokio::spawn(async move { controller.create_volume(within(PATIENT, wanted("v"))).await });
     while rig.volume("v").await.is_none() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     // Another replica: nobody claimed it, so it goes at once.
-    rig.replica().delete_volume(within(1000, crate::rig::delete("v"))).await.unwrap();
+    rig.replica().delete_volume(within(PATIENT, crate::rig::delete("v"))).await.unwrap();
     contains(&refused(first.await.unwrap(), Code::Aborted), &["deleted in the meantime"]);
     assert!(rig.volume("v").await.is_none());
 }
@@ -272,7 +272,7 @@ async fn a_volume_that_replaced_the_one_that_is_waited_for_is_not_answered() {
     let rig = Rig::new();
     rig.disks("a", &[8, 8]).await;
     let controller = rig.controller.clone();
-    let first = tokio::spawn(async move { controller.create_volume(within(5000, wanted("v"))).await });
+    let first = tokio::spawn(async move { controller.create_volume(within(PATIENT, wanted("v"))).await });
     while rig.volume("v").await.is_none() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }

@@ -8,12 +8,12 @@ use lockstep_proto::{
 use lockstep_store::Store;
 use tonic::{Code, Status};
 
-use crate::rig::{GIB, Plays, Rig, TAKES, block, capability, contains, grow, polled, range, refused, repeated, within};
+use crate::rig::{GIB, PATIENT, Plays, Rig, TAKES, block, capability, contains, grow, polled, range, refused, repeated, within};
 
 impl Rig {
     async fn expand(&self, request: ControllerExpandVolumeRequest) -> Result<u64, Status> {
         let ControllerExpandVolumeResponse { capacity_bytes, node_expansion_required } =
-            self.controller.controller_expand_volume(within(2000, request)).await?.into_inner();
+            self.controller.controller_expand_volume(within(PATIENT, request)).await?.into_inner();
         assert!(node_expansion_required);
         Ok(capacity_bytes as u64)
     }
@@ -138,7 +138,7 @@ async fn a_call_that_is_dropped_at_any_point_and_repeated_grows_the_volume_or_ta
         for times in 1.. {
             let name = format!("v{times}-{wanted}");
             rig.existing(&name, "a", GIB, |_| {}).await;
-            let call = || rig.controller.controller_expand_volume(within(5000, grow(&name, wanted)));
+            let call = || rig.controller.controller_expand_volume(within(PATIENT, grow(&name, wanted)));
             let done = polled(times, call()).await;
             let size = match code {
                 Code::Ok => repeated(call).await.capacity_bytes as u64,

@@ -6,7 +6,7 @@ use lockstep_proto::{
 use lockstep_store::Store;
 use tonic::Code;
 
-use crate::rig::{GIB, Plays, Rig, TAKES, contains, nodes, range, refused, topology, wanted, within};
+use crate::rig::{BRIEF, GIB, PATIENT, Plays, Rig, TAKES, contains, nodes, range, refused, topology, wanted, within};
 
 fn on(name: &str, requisite: &[&str], preferred: &[&str]) -> CreateVolumeRequest {
     CreateVolumeRequest { accessibility_requirements: nodes(requisite, preferred), ..wanted(name) }
@@ -104,18 +104,18 @@ async fn left_over() -> Rig {
     rig
 }
 
-async fn asked_again(rig: &Rig) -> Result<Vec<lockstep_proto::csi::Topology>, tonic::Status> {
-    let response = rig.controller.create_volume(within(500, on("v", &["dead", "b"], &["dead"]))).await?;
+async fn asked_again(rig: &Rig, milliseconds: u64) -> Result<Vec<lockstep_proto::csi::Topology>, tonic::Status> {
+    let response = rig.controller.create_volume(within(milliseconds, on("v", &["dead", "b"], &["dead"]))).await?;
     Ok(response.into_inner().volume.unwrap().accessible_topology)
 }
 
 #[tokio::test]
 async fn a_volume_that_a_silent_node_never_claimed_goes_to_the_next_one() {
     let rig = left_over().await;
-    assert_eq!(asked_again(&rig).await.unwrap(), [topology("b")], "no Lease");
+    assert_eq!(asked_again(&rig, PATIENT).await.unwrap(), [topology("b")], "no Lease");
     let rig = left_over().await;
     rig.lease("dead", 45).await;
-    assert_eq!(asked_again(&rig).await.unwrap(), [topology("b")], "a stale Lease");
+    assert_eq!(asked_again(&rig, PATIENT).await.unwrap(), [topology("b")], "a stale Lease");
     let rig = left_over().await;
     let message = refused(rig.create(on("v", &["dead"], &[])).await, Code::ResourceExhausted);
     contains(&message, &["dead: it did not answer for 60 s", "Lease"]);
@@ -126,7 +126,7 @@ async fn a_volume_that_a_silent_node_never_claimed_goes_to_the_next_one() {
 async fn a_volume_of_a_node_that_renews_its_lease_is_not_withdrawn() {
     let rig = left_over().await;
     rig.lease("dead", 15).await;
-    contains(&refused(asked_again(&rig).await, Code::DeadlineExceeded), &["node dead"]);
+    contains(&refused(asked_again(&rig, BRIEF).await, Code::DeadlineExceeded), &["node dead"]);
 }
 
 #[tokio::test]
@@ -134,8 +134,8 @@ async fn a_volume_that_is_young_is_not_withdrawn() {
     let rig = Rig::new();
     rig.disks("dead", &[8, 8]).await;
     rig.node_with_disks("b", TAKES).await;
-    contains(&refused(asked_again(&rig).await, Code::DeadlineExceeded), &["node dead"]);
-    contains(&refused(asked_again(&rig).await, Code::DeadlineExceeded), &["node dead"]);
+    contains(&refused(asked_again(&rig, BRIEF).await, Code::DeadlineExceeded), &["node dead"]);
+    contains(&refused(asked_again(&rig, BRIEF).await, Code::DeadlineExceeded), &["node dead"]);
 }
 
 #[tokio::test]
@@ -144,7 +144,7 @@ async fn a_volume_that_was_claimed_is_never_withdrawn() {
     let mut volume = rig.volume("v").await.unwrap();
     volume.metadata.finalizers = Some(vec![FINALIZER.into()]);
     let mut volume = rig.store.update(volume).await.unwrap();
-    contains(&refused(asked_again(&rig).await, Code::DeadlineExceeded), &["node dead", "(claimed"]);
+    contains(&refused(asked_again(&rig, BRIEF).await, Code::DeadlineExceeded), &["node dead", "(claimed"]);
     // Not even if it is rejected: the claim is given back when nothing is left on the disks.
     volume.status = Some(MirrorVolumeStatus {
         phase: VolumePhase::Rejected,
@@ -152,8 +152,8 @@ async fn a_volume_that_was_claimed_is_never_withdrawn() {
         ..MirrorVolumeStatus::default()
     });
     let mut volume = rig.store.update_status(volume).await.unwrap();
-    refused(asked_again(&rig).await, Code::DeadlineExceeded);
+    refused(asked_again(&rig, BRIEF).await, Code::DeadlineExceeded);
     volume.metadata.finalizers = None;
     rig.store.update(volume).await.unwrap();
-    assert_eq!(asked_again(&rig).await.unwrap(), [topology("b")]);
+    assert_eq!(asked_again(&rig, PATIENT).await.unwrap(), [topology("b")]);
 }

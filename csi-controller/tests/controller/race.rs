@@ -7,7 +7,7 @@ use lockstep_proto::{FINALIZER, csi::controller_server::Controller as _, objects
 use lockstep_store::{Changes, Directory, Error, Listing, Object, Store};
 use tonic::Code;
 
-use crate::rig::{GIB, Rig, contains, delete, grow, nodes, refused, wanted, within};
+use crate::rig::{GIB, PATIENT, Rig, contains, delete, grow, nodes, refused, wanted, within};
 
 type Meddle = Box<dyn FnOnce(&mut MirrorVolume) + Send>;
 
@@ -64,7 +64,7 @@ async fn a_volume_that_is_staged_just_before_it_is_deleted_stays() {
     let rig = Rig::new();
     rig.existing("v", "a", GIB, |_| {}).await;
     let controller = meddled(&rig, |volume| volume.status.as_mut().unwrap().device = Some("/dev/loop7".into()));
-    let call = controller.delete_volume(within(1000, delete("v"))).await;
+    let call = controller.delete_volume(within(PATIENT, delete("v"))).await;
     contains(&refused(call, Code::FailedPrecondition), &["/dev/loop7"]);
     assert_eq!(rig.volume("v").await.unwrap().metadata.deletion_timestamp, None);
 }
@@ -88,7 +88,7 @@ async fn a_refused_growth_is_taken_back_although_the_object_changes_at_that_mome
     let pending = |volume: &mut MirrorVolume| volume.spec.capacity_bytes = 4 * GIB;
     rig.existing_as("v", "a", pending, |status| (status.capacity_bytes, status.refused_capacity_bytes) = (GIB, Some(4 * GIB))).await;
     let controller = meddled(&rig, |volume| volume.status.as_mut().unwrap().epoch += 1);
-    refused(controller.controller_expand_volume(within(1000, grow("v", 4 * GIB))).await, Code::OutOfRange);
+    refused(controller.controller_expand_volume(within(PATIENT, grow("v", 4 * GIB))).await, Code::OutOfRange);
     let volume = rig.volume("v").await.unwrap();
     assert_eq!((volume.spec.capacity_bytes, volume.status.unwrap().epoch), (GIB, 1));
 }
@@ -99,7 +99,7 @@ async fn a_growth_that_succeeds_just_before_it_is_taken_back_is_answered() {
     let pending = |volume: &mut MirrorVolume| volume.spec.capacity_bytes = 4 * GIB;
     rig.existing_as("v", "a", pending, |status| (status.capacity_bytes, status.refused_capacity_bytes) = (GIB, Some(4 * GIB))).await;
     let controller = meddled(&rig, |volume| volume.status.as_mut().unwrap().capacity_bytes = 4 * GIB);
-    let grown = controller.controller_expand_volume(within(1000, grow("v", 4 * GIB))).await.unwrap().into_inner();
+    let grown = controller.controller_expand_volume(within(PATIENT, grow("v", 4 * GIB))).await.unwrap().into_inner();
     assert_eq!(grown.capacity_bytes as u64, 4 * GIB);
     assert_eq!(rig.volume("v").await.unwrap().spec.capacity_bytes, 4 * GIB);
 }

@@ -34,6 +34,10 @@ use lockstep_store::{Changes, Directory, Error, Store};
 use tonic::{Code, Request, Response, Status};
 
 pub const GIB: u64 = 1 << 30;
+/// Milliseconds for a call that is expected to succeed, on a machine that is busy with other things.
+pub const PATIENT: u64 = 30_000;
+/// Milliseconds for a call that is expected to wait in vain.
+pub const BRIEF: u64 = 200;
 
 pub struct Rig {
     dir: tempfile::TempDir,
@@ -148,7 +152,7 @@ impl Rig {
     }
 
     pub async fn create(&self, request: CreateVolumeRequest) -> Result<Volume, Status> {
-        let response = self.controller.create_volume(within(5000, request)).await?;
+        let response = self.controller.create_volume(within(PATIENT, request)).await?;
         Ok(response.into_inner().volume.unwrap())
     }
 
