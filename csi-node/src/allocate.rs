@@ -4,7 +4,7 @@
 //! created --no room--> Rejected (nothing exists)
 //!    | finalizer and observedUID: claimed
 //!    v
-//! Allocating --two legs, then the witness--> Ready --spec grows--> both legs longer, then status.capacityBytes
+//! Allocating --two legs, then the witness--> Ready --spec grows--> its legs longer, then status.capacityBytes
 //!    +------------------------------ deleted: legs, witness, then the finalizer
 //! ```
 //! Every step can be cut off and is done again.
@@ -39,6 +39,8 @@ enum Task {
     Claim,
     Allocate,
     Extend,
+    /// It was rejected after it was claimed: the claim is given back.
+    LetGo,
     Delete,
 }
 
@@ -54,6 +56,7 @@ fn task(volume: &MirrorVolume) -> Option<Task> {
         VolumePhase::Allocating if claimed(volume) => Some(Task::Allocate),
         VolumePhase::Allocating => Some(Task::Claim),
         VolumePhase::Ready if grows && status.refused_capacity_bytes != Some(volume.spec.capacity_bytes) => Some(Task::Extend),
+        VolumePhase::Rejected if claimed(volume) => Some(Task::LetGo),
         VolumePhase::Ready | VolumePhase::Rejected => None,
     }
 }
@@ -92,12 +95,15 @@ impl<S: Store> Node<S> {
             // Busy: its end is a change, or the slow relist comes.
             let Ok(guard) = self.begin(&id, Holder::Object) else { continue };
             let node = Arc::clone(self);
-            let span = tracing::info_span!("volume", id, uid);
+            let span = tracing::info_span!(parent: None, "volume", id, uid);
             tokio::spawn(tracing::Instrument::instrument(
                 async move {
                     let _guard = guard;
                     if let Err(error) = node.do_task(&id).await {
                         warn!(%error, "the volume is not as its object wants it; tried again");
+                        // Who waits for it can read why. What says so already is not written again, or this would go round.
+                        let message = error.to_string();
+                        drop(node.patch_status(&id, &uid, |status| status.message.clone_from(&message)).await);
                     }
                 },
                 span,
@@ -113,6 +119,7 @@ impl<S: Store> Node<S> {
             Some(Task::Claim) => self.claim(volume).await,
             Some(Task::Allocate) => self.allocate(volume).await,
             Some(Task::Extend) => self.extend(volume).await,
+            Some(Task::LetGo) => self.let_go(volume).await,
             Some(Task::Delete) => self.delete(volume).await,
         }
     }
@@ -164,8 +171,8 @@ impl<S: Store> Node<S> {
             None => {
                 let Some(reserved) = self.disks.reserve(2, volume.spec.capacity_bytes + OVERHEAD, |_| false) else {
                     // The room is gone since it was claimed: nothing of the volume exists, and it is let go.
-                    let message = self.no_room(volume.spec.capacity_bytes);
-                    return self.let_go(volume, message).await;
+                    self.reject(&volume, self.no_room(volume.spec.capacity_bytes)).await?;
+                    return self.let_go(self.volume(&id).await?).await;
                 };
                 let legs = reserved.iter().map(|disk| (disk, LegId(*uuid::Uuid::new_v4().as_bytes()))).collect::<Vec<_>>();
                 let placed: Vec<LegStatus> = legs.iter().map(|(disk, leg)| leg_status(disk.disk_name(), *leg)).collect();
@@ -182,7 +189,8 @@ impl<S: Store> Node<S> {
                     if !error.is_no_space() {
                         return Err(error);
                     }
-                    return self.let_go(volume, error.to_string()).await;
+                    self.reject(&volume, error.to_string()).await?;
+                    return self.let_go(self.volume(&id).await?).await;
                 }
                 placed
             }
@@ -202,25 +210,24 @@ impl<S: Store> Node<S> {
 
     /// The legs of a volume that was allocated to the end, although its object does not say so. Those of a cut-off attempt are removed.
     async fn already_made(&self, uid: &str, found: &[LegDir]) -> Result<Option<Vec<LegStatus>>, Error> {
-        let used = |leg: &LegDir| {
-            let meta = fs::read(leg.dir.join("meta")).ok();
-            meta.and_then(|meta| format::peek(&meta).ok()).map(|summary| summary.epoch.0)
-        };
-        let epochs: Vec<_> = found.iter().map(used).collect();
-        let witness = self.state.witness(uid).exists();
-        if found.len() == 2 && witness && epochs.iter().all(Option::is_some) {
+        if found.len() == 2 && self.state.witness(uid).exists() && found.iter().all(|leg| epoch(leg).is_some()) {
             return Ok(Some(found.iter().map(|leg| leg_status(&leg.disk, leg.leg)).collect()));
         }
+        self.remove_unused(uid, found).await?;
+        Ok(None)
+    }
+
+    /// Removes what an allocation that was cut off left.
+    async fn remove_unused(&self, uid: &str, found: &[LegDir]) -> Result<(), Error> {
         // A new leg has the first record; serving it writes a later one.
-        if let Some((leg, _)) = found.iter().zip(&epochs).find(|(_, epoch)| epoch.is_some_and(|epoch| epoch > 1)) {
+        if let Some(leg) = found.iter().find(|leg| epoch(leg).is_some_and(|epoch| epoch > 1)) {
             return Err(Error::Precondition(format!(
                 "{} holds data of this volume, although its object says that it was never allocated: was an older copy of the objects restored? Move it away, or repair the object",
                 leg.dir.display()
             )));
         }
         self.remove_legs(found.to_vec()).await?;
-        crate::state_dir::remove_record(&self.state.witness(uid))?;
-        Ok(None)
+        Ok(crate::state_dir::remove_record(&self.state.witness(uid))?)
     }
 
     async fn make_legs(&self, volume: &MirrorVolume, uid: &str, disks: &[Reservation], ids: [LegId; 2]) -> Result<(), Error> {
@@ -239,12 +246,11 @@ impl<S: Store> Node<S> {
         .await
     }
 
-    /// A claimed volume that cannot be allocated: nothing of it exists here any more.
-    async fn let_go(&self, mut volume: MirrorVolume, message: String) -> Result<(), Error> {
+    /// A claimed volume that was rejected: nothing of it exists here any more, and the claim is given back.
+    async fn let_go(&self, volume: MirrorVolume) -> Result<(), Error> {
         let (_, uid) = names(&volume);
-        crate::state_dir::remove_record(&self.state.witness(&uid))?;
-        self.reject(&volume, message).await?;
-        volume = self.volume(&names(&volume).0).await?;
+        let found = self.find_legs(&uid).await?;
+        self.remove_unused(&uid, &found).await?;
         self.remove_finalizer(volume).await
     }
 
@@ -258,28 +264,48 @@ impl<S: Store> Node<S> {
         if found.is_empty() {
             return Err(Error::Precondition(format!("no leg of {id} is on a disk that can be used")));
         }
-        let reserved: Option<Vec<_>> = found.iter().map(|leg| self.disks.reserve_on(&leg.disk, to - from)).collect();
-        let result = match &reserved {
-            None => Err(self.no_room(to - from)),
-            Some(_) => blocking(&id, move || found.iter().try_for_each(|leg| extend_leg(&leg.dir, to)).map_err(Error::from))
-                .await
-                .map_err(|error| error.to_string()),
-        };
-        match result {
-            Ok(()) => {
-                info!(from, to, "both legs are longer; the volume grows when its node is asked to");
-                self.patch_status(&id, &uid, |status| (status.capacity_bytes, status.refused_capacity_bytes) = (to, None)).await?;
+        let grown = self.grow_legs(&id, &found, to).await;
+        match grown {
+            Ok(true) => {
+                info!(from, to, "the legs are longer; the volume grows when its node is asked to");
+                self.patch_status(&id, &uid, |status| {
+                    (status.capacity_bytes, status.refused_capacity_bytes) = (to, None);
+                    status.message.clear();
+                })
+                .await?;
             }
-            Err(message) => {
+            Ok(false) => {
+                let message = self.no_room(to);
                 warn!(%message, "there is no room to grow");
+                blocking(&id, move || found.iter().try_for_each(|leg| legs::shorten(&leg.dir, from))).await?;
                 self.patch_status(&id, &uid, |status| {
                     status.refused_capacity_bytes = Some(to);
                     status.message.clone_from(&message);
                 })
                 .await?;
             }
+            Err(error) => return Err(error),
         }
         Ok(())
+    }
+
+    /// Makes the legs that are here at least `to` long. `false`: a disk has no room.
+    async fn grow_legs(self: &Arc<Self>, id: &str, found: &[LegDir], to: u64) -> Result<bool, Error> {
+        let mut reserved = Vec::new();
+        for leg in found {
+            // An attempt that was cut off may have made it longer.
+            let more = to.saturating_sub(legs::data_len(&leg.dir));
+            match self.disks.reserve_on(&leg.disk, more) {
+                Some(reservation) => reserved.push(reservation),
+                None => return Ok(false),
+            }
+        }
+        let found = found.to_vec();
+        let extended = blocking(id, move || found.iter().try_for_each(|leg| extend_leg(&leg.dir, to)).map_err(Error::from)).await;
+        match extended {
+            Err(error) if error.is_no_space() => Ok(false),
+            extended => extended.map(|()| true),
+        }
     }
 
     async fn delete(self: &Arc<Self>, volume: MirrorVolume) -> Result<(), Error> {
@@ -290,7 +316,7 @@ impl<S: Store> Node<S> {
         let found = self.find_legs(&uid).await?;
         let status = volume.status.clone().unwrap_or_default();
         let missing: Vec<_> = status.legs.iter().filter(|leg| found.iter().all(|found| found.leg.to_string() != leg.leg_id)).collect();
-        if status.phase == VolumePhase::Ready && !missing.is_empty() {
+        if !missing.is_empty() {
             warn!(disks = ?missing.iter().map(|leg| &leg.disk).collect::<Vec<_>>(), "a copy is on a disk that is not here: it is deleted when that comes back");
             tombstone::write(&self.state, &uid)?;
         }
@@ -327,6 +353,12 @@ impl<S: Store> Node<S> {
         })
         .await
     }
+}
+
+/// The newest record's epoch of a leg that is whole.
+fn epoch(leg: &LegDir) -> Option<u64> {
+    let meta = fs::read(leg.dir.join("meta")).ok()?;
+    format::peek(&meta).ok().map(|summary| summary.epoch.0)
 }
 
 /// A leg that is current.

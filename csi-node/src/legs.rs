@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     disks::{Disk, Disks},
+    error::Error,
     state_dir::{self, StateError},
 };
 
@@ -110,6 +111,24 @@ pub fn remove(dir: &Path) -> io::Result<()> {
     fs::File::open(parent).and_then(|parent| parent.sync_all())
 }
 
+/// How long a leg's data is; 0 if it is not there. Blocks.
+pub fn data_len(dir: &Path) -> u64 {
+    fs::metadata(dir.join("data")).map_or(0, |data| data.len())
+}
+
+/// Takes back what a growth that was refused made a leg longer. `bytes` is what its volume was granted. Blocks.
+///
+/// # Errors
+/// What the system says.
+pub fn shorten(dir: &Path, bytes: u64) -> Result<(), Error> {
+    let path = dir.join("data");
+    if data_len(dir) <= bytes {
+        return Ok(());
+    }
+    let data = fs::OpenOptions::new().write(true).open(&path);
+    data.and_then(|data| data.set_len(bytes)).map_err(Error::io(format!("shortening {} to {bytes} bytes", path.display())))
+}
+
 /// Bytes that legs can have on this disk, and bytes that they have. Blocks.
 ///
 /// # Errors
@@ -118,7 +137,7 @@ pub fn space(mount: &Path) -> io::Result<(u64, u64)> {
     let mut allocated = 0;
     for entry in fs::read_dir(volumes(mount))? {
         let entry = entry?;
-        allocated += fs::metadata(entry.path().join("data")).map_or(0, |data| data.len()) + OVERHEAD;
+        allocated += data_len(&entry.path()) + OVERHEAD;
     }
     let stat = rustix::fs::statvfs(mount)?;
     let (free, total) = (stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize);

@@ -61,6 +61,10 @@ struct Args {
 fn main() -> anyhow::Result<()> {
     let Args { endpoint, node_name, config, state_dir, objects, datapath_threads } = Args::parse();
     logging::init()?;
+    anyhow::ensure!(
+        lockstep_store::is_name(&node_name),
+        "--node-name {node_name:?} is not a node's name: lower-case letters, digits, '-' and '.', as in `kubectl get nodes`"
+    );
     let config = Config::read(&config)?;
     let state = Arc::new(StateDir::open(&state_dir)?);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;

@@ -109,7 +109,7 @@ impl<S: Store> Node<S> {
         task.await.unwrap_or_else(|_| Err(Error::Panicked(volume.to_owned())))
     }
 
-    /// The volume, if it is this node's and not on its way out.
+    /// The volume, if it is this node's; perhaps on its way out.
     pub(crate) async fn volume(&self, id: &str) -> Result<MirrorVolume, Error> {
         if id.is_empty() {
             return Err(Error::InvalidArgument("volume_id is missing".into()));

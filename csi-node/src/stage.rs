@@ -23,6 +23,9 @@ use crate::{
     state_dir,
 };
 
+/// What an object says of its device before there is one.
+const OPENING: &str = "opening";
+
 impl<S: Store> Node<S> {
     /// Stages a volume. Called again with the same arguments it is done at once, or goes on where it was cut off.
     ///
@@ -41,6 +44,13 @@ impl<S: Store> Node<S> {
         let point = path.clone();
         blocking(&id, move || usable(&point)).await?;
         wanted.write(&self.state)?;
+        match self.mark_in_use(&id, &wanted.uid, OPENING).await {
+            Ok(()) => {}
+            Err(error) => {
+                state_dir::remove_record(&self.state.staged(&wanted.uid))?;
+                return Err(error);
+            }
+        }
         match self.bring_up(&volume, wanted.clone()).await {
             Ok(()) => Ok(()),
             Err(error) => {
@@ -53,12 +63,24 @@ impl<S: Store> Node<S> {
         }
     }
 
+    /// The object says that the volume is in use: from now on nobody deletes it. Who was faster wins.
+    async fn mark_in_use(&self, id: &str, uid: &str, device: &str) -> Result<(), Error> {
+        let marked = self.patch_status(id, uid, |status| status.device = Some(device.to_owned())).await?;
+        if marked.metadata.deletion_timestamp.is_some() {
+            self.patch_status(id, uid, |status| status.device = None).await?;
+            return Err(Error::Precondition(format!("{id} is being deleted")));
+        }
+        Ok(())
+    }
+
     async fn bring_up(self: &Arc<Self>, volume: &MirrorVolume, mut staged: Staged) -> Result<(), Error> {
         let legs = self.find_legs(&staged.uid).await?;
         staged.legs = legs.into_iter().map(|leg| leg.dir).collect();
         let open = self.open_mirror(volume).await?;
         staged.device = Some(open.volume.device().to_owned());
         staged.write(&self.state)?;
+        let device = open.volume.device().display().to_string();
+        self.patch_status(&staged.volume, &staged.uid, |status| status.device = Some(device.clone())).await?;
         let wanted = volume.status.as_ref().map_or(0, |status| status.capacity_bytes);
         until_ready(&open).await?;
         open.volume.grow(wanted).await?;

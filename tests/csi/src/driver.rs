@@ -144,11 +144,13 @@ impl Driver {
 
 impl Drop for Driver {
     fn drop(&mut self) {
+        // Not stopped: something went wrong.
+        let failed = std::thread::panicking() || self.node.is_some() || self.controller.is_some();
         for mut child in [self.node.take(), self.controller.take()].into_iter().flatten() {
             drop(child.kill());
             drop(child.wait());
         }
-        if std::thread::panicking() {
+        if failed {
             eprintln!("csi-node said:\n{}", fs::read_to_string(self.node_log()).unwrap_or_default());
             eprintln!("csi-controller said:\n{}", fs::read_to_string(self.dir.join("controller.log")).unwrap_or_default());
         }

@@ -129,7 +129,7 @@ async fn a_disk_that_is_not_blank_is_refused_by_what_is_on_it_and_not_touched() 
     std::os::unix::fs::symlink(twice.trim(), lab.path("disks/twice")).unwrap();
     fs::write(lab.path("disks/file"), "not a disk").unwrap();
     let before = run("md5sum", &[text(&lab.path("disk0.img"))]);
-    let driver = Driver::start(&lab).await;
+    let mut driver = Driver::start(&lab).await;
     for named in
         ["ext4", "swap", "it is mounted at", "gpt partition table", "too small: 100 MiB", "the same file system as", "not a block device"]
     {
@@ -148,6 +148,7 @@ async fn a_disk_that_is_not_blank_is_refused_by_what_is_on_it_and_not_touched() 
     // Wiped: it is claimed.
     run("wipefs", &["--all", "--quiet", text(lab.device(0))]);
     until("a second disk", || async { driver.client.create("v", 64 * MIB, None).await.ok() }).await;
+    driver.stop();
     run("losetup", &["-d", twice.trim()]);
 }
 

@@ -5,12 +5,15 @@ use std::{fs, path::Path, time::Duration};
 
 use lockstep_csi_tests::{
     client::Place,
-    driver::{Driver, until},
+    driver::{Driver, NODE, until},
     lab::{Lab, identical, text},
     load,
 };
 use lockstep_native::{run, succeeds};
-use lockstep_proto::objects::{DiskPhase, FormatState, LegState, MirrorVolumeStatus};
+use lockstep_proto::{
+    FINALIZER,
+    objects::{DiskPhase, FormatState, LegState, MirrorVolume, MirrorVolumeStatus, VolumePhase},
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -274,5 +277,50 @@ async fn a_stale_copy_alone_is_refused() {
     let copies = driver.copies(&place.id).await;
     assert!(identical(&copies[0], &copies[1]), "the copies differ");
     assert!(copies.iter().all(|copy: &std::path::PathBuf| Path::new(copy).exists()));
+    driver.stop();
+}
+
+/// A growth that was cut off is gone on with: what it has made longer is not asked for twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn csi_node_is_killed_while_a_volume_grows() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    for round in 0..6u32 {
+        let place = volume(&lab, &driver, &format!("grow{round}"), 300 * MIB, None).await;
+        let (client, id) = (driver.client.clone(), place.id.clone());
+        let grow = tokio::spawn(async move { client.controller_expand(&id, 1200 * MIB).await });
+        tokio::time::sleep(Duration::from_millis(u64::from(2 + round * 3))).await;
+        driver.kill_node();
+        drop(grow.await);
+        driver.start_node().await;
+        let grown = driver.client.controller_expand(&place.id, 1200 * MIB).await;
+        assert_eq!(grown.unwrap_or_else(|error| panic!("round {round}: {error}")), 1200 << 20);
+        place.up(&driver.client).await.unwrap();
+        assert_eq!(driver.client.usage(&place.id, &place.target).await.unwrap()[0].total, 1200 << 20);
+        place.down(&driver.client).await.unwrap();
+        driver.client.delete(&place.id).await.unwrap();
+        until("its space free", || async {
+            driver.disks().await.iter().all(|disk| disk.status.as_ref().unwrap().allocated_bytes == 0).then_some(())
+        })
+        .await;
+    }
+    driver.stop();
+}
+
+/// csi-node ended between saying that it cannot have a volume and giving its claim back.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_claim_of_a_rejected_volume_is_given_back() {
+    use lockstep_store::Store;
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    driver.kill_node();
+    let spec = format!(r#"{{"csiName":"v","capacityBytes":1048576,"node":"{NODE}","volumeMode":"Block"}}"#);
+    let mut object = MirrorVolume::new("v", serde_json::from_str(&spec).unwrap());
+    object.metadata.finalizers = Some(vec![FINALIZER.into()]);
+    let mut object = driver.store.create(object).await.unwrap();
+    object.status = Some(MirrorVolumeStatus { phase: VolumePhase::Rejected, ..Default::default() });
+    driver.store.update_status(object).await.unwrap();
+    driver.start_node().await;
+    until("given back", || async { driver.volume("v").await.metadata.finalizers.is_none_or(|names| names.is_empty()).then_some(()) }).await;
     driver.stop();
 }

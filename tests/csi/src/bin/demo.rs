@@ -50,9 +50,10 @@ impl Story {
     }
 }
 
+/// Dropped in this order: the driver ends before its disks do.
 struct Demo {
-    lab: Lab,
     driver: Driver,
+    lab: Lab,
     place: Place,
     story: Story,
 }
@@ -132,7 +133,7 @@ async fn provision() -> anyhow::Result<Demo> {
     let volume = driver.client.create("demo", VOLUME_BYTES, Some(FS)).await?;
     let place = Place { id: volume.volume_id, fs_type: Some(FS), staging: lab.path("staging"), target: lab.path("pod") };
     place.up(&driver.client).await?;
-    let mut demo = Demo { lab, driver, place, story };
+    let mut demo = Demo { driver, lab, place, story };
     demo.until_healthy().await;
     let device = demo.status().await.device.unwrap_or_default();
     demo.story.done(&format!("a volume of 1 GiB, created, staged ({device}, {FS}) and published through the two CSI sockets"));
@@ -224,7 +225,7 @@ async fn kill_and_resync(demo: &mut Demo) -> anyhow::Result<()> {
 }
 
 async fn clean_up(demo: Demo) -> anyhow::Result<()> {
-    let Demo { lab, mut driver, place, mut story } = demo;
+    let Demo { mut driver, lab, place, mut story } = demo;
     story.step("cleaning up");
     driver.client.delete(&place.id).await?;
     until("all space free", || async {
