@@ -20,7 +20,7 @@ use lockstep_datapath::{
 };
 use lockstep_proto::{
     FINALIZER,
-    objects::{LegState, LegStatus, MirrorVolume, VolumePhase},
+    objects::{DiskPhase, LegState, LegStatus, LocalDisk, MirrorVolume, VolumePhase},
 };
 use lockstep_store::Store;
 use tracing::{info, warn};
@@ -41,6 +41,8 @@ enum Task {
     Extend,
     /// It was rejected after it was claimed: the claim is given back.
     LetGo,
+    /// It says that it is in use, and is not.
+    ForgetDevice,
     Delete,
 }
 
@@ -90,7 +92,7 @@ impl<S: Store> Node<S> {
             }
             Err(error) => return warn!(%error, "the volumes cannot be listed"),
         };
-        for volume in volumes.into_iter().filter(|volume| volume.spec.node == self.name && task(volume).is_some()) {
+        for volume in volumes.into_iter().filter(|volume| volume.spec.node == self.name && self.task(volume).is_some()) {
             let (id, uid) = names(&volume);
             // Busy: its end is a change, or the slow relist comes.
             let Ok(guard) = self.begin(&id, Holder::Object) else { continue };
@@ -111,15 +113,28 @@ impl<S: Store> Node<S> {
         }
     }
 
+    fn task(&self, volume: &MirrorVolume) -> Option<Task> {
+        let uid = volume.metadata.uid.as_deref().unwrap_or_default();
+        let says = volume.status.as_ref().is_some_and(|status| status.device.is_some());
+        if says && self.open_volume(uid).is_none() && !self.state.staged(uid).exists() {
+            return Some(Task::ForgetDevice);
+        }
+        task(volume)
+    }
+
     async fn do_task(self: &Arc<Self>, id: &str) -> Result<(), Error> {
         // Under the guard it is read again: what was listed may be old.
         let volume = self.volume(id).await?;
-        match task(&volume) {
+        match self.task(&volume) {
             None => Ok(()),
             Some(Task::Claim) => self.claim(volume).await,
             Some(Task::Allocate) => self.allocate(volume).await,
             Some(Task::Extend) => self.extend(volume).await,
             Some(Task::LetGo) => self.let_go(volume).await,
+            Some(Task::ForgetDevice) => {
+                let (id, uid) = names(&volume);
+                self.patch_status(&id, &uid, |status| status.device = None).await.map(drop)
+            }
             Some(Task::Delete) => self.delete(volume).await,
         }
     }
@@ -210,20 +225,36 @@ impl<S: Store> Node<S> {
 
     /// The legs of a volume that was allocated to the end, although its object does not say so. Those of a cut-off attempt are removed.
     async fn already_made(&self, uid: &str, found: &[LegDir]) -> Result<Option<Vec<LegStatus>>, Error> {
-        if found.len() == 2 && self.state.witness(uid).exists() && found.iter().all(|leg| epoch(leg).is_some()) {
+        let whole = blocking(uid, {
+            let (found, witness) = (found.to_vec(), self.state.witness(uid));
+            move || {
+                Ok(found.len() == 2 && witness.exists() && found.iter().all(|leg| legs::epoch(&leg.dir).is_ok_and(|epoch| epoch.is_some())))
+            }
+        });
+        if whole.await? {
             return Ok(Some(found.iter().map(|leg| leg_status(&leg.disk, leg.leg)).collect()));
         }
         self.remove_unused(uid, found).await?;
         Ok(None)
     }
 
-    /// Removes what an allocation that was cut off left.
+    /// Removes what an allocation that was cut off left. Whatever was ever served is left alone: a new leg and a new witness have the first
+    /// record, and serving them writes a later one.
     async fn remove_unused(&self, uid: &str, found: &[LegDir]) -> Result<(), Error> {
-        // A new leg has the first record; serving it writes a later one.
-        if let Some(leg) = found.iter().find(|leg| epoch(leg).is_some_and(|epoch| epoch > 1)) {
+        let (legs, witness) = (found.to_vec(), self.state.witness(uid));
+        let used = blocking(uid, move || {
+            for leg in &legs {
+                if legs::epoch(&leg.dir)?.is_some_and(|epoch| epoch > 1) {
+                    return Ok(Some(leg.dir.clone()));
+                }
+            }
+            let record = fs::read(&witness).ok().and_then(|bytes| format::witness(&bytes).ok());
+            Ok(record.is_some_and(|(record, _)| record.record.name.epoch.0 > 1).then_some(witness))
+        });
+        if let Some(path) = used.await? {
             return Err(Error::Precondition(format!(
-                "{} holds data of this volume, although its object says that it was never allocated: was an older copy of the objects restored? Move it away, or repair the object",
-                leg.dir.display()
+                "{} is of a volume that holds data, although its object says that it was never allocated: was an older copy of the objects restored? Move it away, or repair the object",
+                path.display()
             )));
         }
         self.remove_legs(found.to_vec()).await?;
@@ -277,7 +308,6 @@ impl<S: Store> Node<S> {
             Ok(false) => {
                 let message = self.no_room(to);
                 warn!(%message, "there is no room to grow");
-                blocking(&id, move || found.iter().try_for_each(|leg| legs::shorten(&leg.dir, from))).await?;
                 self.patch_status(&id, &uid, |status| {
                     status.refused_capacity_bytes = Some(to);
                     status.message.clone_from(&message);
@@ -297,7 +327,8 @@ impl<S: Store> Node<S> {
             let more = to.saturating_sub(legs::data_len(&leg.dir));
             match self.disks.reserve_on(&leg.disk, more) {
                 Some(reservation) => reserved.push(reservation),
-                None => return Ok(false),
+                None if self.disks.get(&leg.disk).is_some_and(|disk| disk.phase == DiskPhase::Ready) => return Ok(false),
+                None => return Err(Error::Precondition(format!("disk {} failed just now", leg.disk))),
             }
         }
         let found = found.to_vec();
@@ -316,8 +347,8 @@ impl<S: Store> Node<S> {
         let found = self.find_legs(&uid).await?;
         let status = volume.status.clone().unwrap_or_default();
         let missing: Vec<_> = status.legs.iter().filter(|leg| found.iter().all(|found| found.leg.to_string() != leg.leg_id)).collect();
-        if !missing.is_empty() {
-            warn!(disks = ?missing.iter().map(|leg| &leg.disk).collect::<Vec<_>>(), "a copy is on a disk that is not here: it is deleted when that comes back");
+        if !missing.is_empty() || self.a_disk_is_away().await? {
+            warn!(missing = ?missing.iter().map(|leg| &leg.disk).collect::<Vec<_>>(), "a disk is away: a copy that is on it is deleted when it comes back");
             tombstone::write(&self.state, &uid)?;
         }
         self.remove_legs(found).await?;
@@ -325,6 +356,16 @@ impl<S: Store> Node<S> {
         self.remove_finalizer(volume).await?;
         info!("deleted");
         Ok(())
+    }
+
+    /// Then it may have an older copy of any volume.
+    async fn a_disk_is_away(&self) -> Result<bool, Error> {
+        let disks = self.store.list::<LocalDisk>().await?;
+        let away = |disk: &LocalDisk| {
+            let phase = disk.status.as_ref().map(|status| status.phase);
+            disk.spec.node == self.name && !matches!(phase, Some(DiskPhase::Ready | DiskPhase::Refused))
+        };
+        Ok(!disks.unreadable.is_empty() || disks.objects.iter().any(away))
     }
 
     async fn remove_finalizer(&self, mut volume: MirrorVolume) -> Result<(), Error> {
@@ -353,12 +394,6 @@ impl<S: Store> Node<S> {
         })
         .await
     }
-}
-
-/// The newest record's epoch of a leg that is whole.
-fn epoch(leg: &LegDir) -> Option<u64> {
-    let meta = fs::read(leg.dir.join("meta")).ok()?;
-    format::peek(&meta).ok().map(|summary| summary.epoch.0)
 }
 
 /// A leg that is current.

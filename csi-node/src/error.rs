@@ -24,6 +24,9 @@ pub enum Error {
         /// The path that was asked for.
         path: PathBuf,
     },
+    /// csi-node has just started.
+    #[error("the disks of this node are still being looked at: try again")]
+    Starting,
     /// Another operation on the volume is under way.
     #[error("another operation on volume {0} is under way: try again")]
     Busy(String),
@@ -91,7 +94,7 @@ impl Error {
             Self::DataLoss(_) => Code::DataLoss,
             // The caller comes again; by then the operator has acted, or the old I/O is over.
             Self::Datapath(Mirror::Refused(_) | Mirror::Meta { .. } | Mirror::Truncated { .. }) => Code::FailedPrecondition,
-            Self::Datapath(Mirror::LegBusy { .. } | Mirror::Gone) => Code::Unavailable,
+            Self::Starting | Self::Datapath(Mirror::LegBusy { .. } | Mirror::Gone) => Code::Unavailable,
             Self::Datapath(Mirror::Io { .. } | Mirror::Mirror(_) | Mirror::NoFlush { .. }) => Code::Internal,
             Self::Store(_) | Self::State(_) | Self::Tool(_) | Self::Io { .. } | Self::Panicked(_) => Code::Internal,
         }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use lockstep_datapath::core::{
-    format::META_LEN,
+    format::{self, META_LEN},
     units::{LegId, VolumeId},
 };
 use lockstep_proto::objects::MirrorVolume;
@@ -64,20 +64,39 @@ pub fn dir(disk: &Disk, uid: &str, leg: LegId) -> PathBuf {
     volumes(&disk.mount).join(format!("{uid}.{leg}"))
 }
 
-/// Every leg of the volume on a disk that can be used. Blocks.
-pub fn find(disks: &Disks, uid: &str) -> Vec<LegDir> {
+/// Every leg on a disk that can be used, with the UID of its volume. Blocks.
+pub fn all(disks: &Disks) -> Vec<(String, LegDir)> {
     let mut found = Vec::new();
     for disk in disks.ready() {
         let Ok(entries) = fs::read_dir(volumes(&disk.mount)) else { continue };
         for entry in entries.flatten() {
             let name = entry.file_name();
-            let leg = name.to_str().and_then(|name| name.strip_prefix(uid)?.strip_prefix('.').and_then(parse_id));
-            if let Some(leg) = leg {
-                found.push(LegDir { disk: disk.name.clone(), leg: LegId(leg), dir: entry.path() });
+            let named = name.to_str().and_then(|name| name.split_once('.'));
+            if let Some((uid, leg)) = named.and_then(|(uid, leg)| Some((uid, parse_id(leg)?))) {
+                found.push((uid.to_owned(), LegDir { disk: disk.name.clone(), leg: LegId(leg), dir: entry.path() }));
             }
         }
     }
     found
+}
+
+/// Every leg of the volume on a disk that can be used. Blocks.
+pub fn find(disks: &Disks, uid: &str) -> Vec<LegDir> {
+    all(disks).into_iter().filter(|(of, _)| of == uid).map(|(_, leg)| leg).collect()
+}
+
+/// The epoch of the newest record on a leg. `None`: it was never made to the end.
+///
+/// # Errors
+/// If that cannot be told: it may hold data. Blocks.
+pub fn epoch(dir: &Path) -> Result<Option<u64>, Error> {
+    let path = dir.join("meta");
+    match fs::read(&path) {
+        // Damaged: cut off while it was written, or later; the witness knows which.
+        Ok(meta) => Ok(format::peek(&meta).ok().map(|summary| summary.epoch.0)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io(format!("reading {}", path.display()))(error)),
+    }
 }
 
 /// Makes the leg's directory with `volume.yaml`. `data` and `meta` are the datapath's. What a cut-off attempt left there is removed: the
@@ -114,19 +133,6 @@ pub fn remove(dir: &Path) -> io::Result<()> {
 /// How long a leg's data is; 0 if it is not there. Blocks.
 pub fn data_len(dir: &Path) -> u64 {
     fs::metadata(dir.join("data")).map_or(0, |data| data.len())
-}
-
-/// Takes back what a growth that was refused made a leg longer. `bytes` is what its volume was granted. Blocks.
-///
-/// # Errors
-/// What the system says.
-pub fn shorten(dir: &Path, bytes: u64) -> Result<(), Error> {
-    let path = dir.join("data");
-    if data_len(dir) <= bytes {
-        return Ok(());
-    }
-    let data = fs::OpenOptions::new().write(true).open(&path);
-    data.and_then(|data| data.set_len(bytes)).map_err(Error::io(format!("shortening {} to {bytes} bytes", path.display())))
 }
 
 /// Bytes that legs can have on this disk, and bytes that they have. Blocks.

@@ -11,7 +11,8 @@
 //! ```
 //! Guarantees:
 //! - a disk that is not blank is never written to unless the file system on it is ours;
-//! - what will be touched is on record before it is touched: a volume's finalizer and placement, a staged record, a format record;
+//! - what will be touched is on record before it is touched: a new volume's finalizer and placement, a staged record, a format record;
+//! - a copy is removed only on proof that it can never be needed: what cannot be told, or is newer than what is known, stays;
 //! - one operation at a time on a volume (`ABORTED` for others); a call that is cut off goes on to its end, and can be repeated;
 //! - the mirror never waits for the object store, and one stuck disk or volume does not stop the others.
 //!

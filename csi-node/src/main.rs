@@ -83,7 +83,11 @@ async fn run<S: Store>(node: Arc<Node<S>>, endpoint: &Endpoint) -> anyhow::Resul
     let mut interrupt = signal(SignalKind::interrupt())?;
     let identity = Identity::default();
     let incoming = endpoint.bind()?;
-    for staged in staged::all(&node.state)? {
+    let (records, unreadable) = staged::all(&node.state)?;
+    for error in unreadable {
+        warn!(%error, "a staged volume cannot be told");
+    }
+    for staged in records {
         warn!(
             volume = staged.volume,
             path = %staged.staging_path.display(),
@@ -119,6 +123,7 @@ async fn watch_disks<S: Store>(node: Arc<Node<S>>, ready: Identity) {
             warn!(%error, "the disks' objects do not say what is");
         }
         if std::mem::take(&mut first) {
+            node.set_scanned();
             ready.set_ready();
             tokio::spawn(Arc::clone(&node).follow_volumes());
         }

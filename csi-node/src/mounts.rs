@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use lockstep_datapath::isolated;
 use rustix::{
     io::Errno,
     mount::{MountFlags, UnmountFlags, mount_bind, mount_remount, unmount},
@@ -81,6 +82,12 @@ pub fn at(path: &Path) -> io::Result<Option<Mount>> {
     Ok(list()?.into_iter().rev().find(|mount| mount.point == path))
 }
 
+/// The path as the kernel's list of mounts has it: without links, except at its end. What is at its end is not touched.
+pub fn resolve(path: &Path) -> PathBuf {
+    let parent = path.parent().and_then(|parent| parent.canonicalize().ok());
+    parent.zip(path.file_name()).map_or_else(|| path.to_owned(), |(parent, name)| parent.join(name))
+}
+
 /// Mounts `from` at `to` too.
 ///
 /// # Errors
@@ -111,6 +118,12 @@ pub fn unmount_lazily(path: &Path) -> io::Result<()> {
 }
 
 fn unmount_with(path: &Path, flags: UnmountFlags) -> io::Result<()> {
+    let path = path.to_owned();
+    // What is written back meanwhile goes through this very process.
+    isolated(move || unmount_here(&path, flags))
+}
+
+fn unmount_here(path: &Path, flags: UnmountFlags) -> io::Result<()> {
     while at(path)?.is_some() {
         match unmount(path, flags) {
             // Somebody else was faster.

@@ -2,7 +2,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -33,6 +36,7 @@ pub struct Node<S> {
     pub(crate) open: Mutex<BTreeMap<String, Arc<OpenVolume>>>,
     busy: Mutex<BTreeMap<String, Holder>>,
     freed: Notify,
+    scanned: AtomicBool,
 }
 
 /// Who is at work on a volume.
@@ -61,7 +65,27 @@ impl<S> Drop for Guard<S> {
 impl<S: Store> Node<S> {
     /// Nothing runs yet.
     pub fn new(name: String, store: S, state: Arc<StateDir>, disks: Arc<Disks>, datapath: Datapath) -> Self {
-        Self { name, store, state, disks, datapath, open: Mutex::default(), busy: Mutex::default(), freed: Notify::new() }
+        Self {
+            name,
+            store,
+            state,
+            disks,
+            datapath,
+            open: Mutex::default(),
+            busy: Mutex::default(),
+            freed: Notify::new(),
+            scanned: AtomicBool::new(false),
+        }
+    }
+
+    /// Every disk was looked at once.
+    pub fn set_scanned(&self) {
+        self.scanned.store(true, Ordering::Release);
+    }
+
+    /// Before that, a copy that is not found is not lost.
+    pub(crate) fn scanned(&self) -> Result<(), Error> {
+        if self.scanned.load(Ordering::Acquire) { Ok(()) } else { Err(Error::Starting) }
     }
 
     /// Begins an operation on a volume, or says who is at work on it.

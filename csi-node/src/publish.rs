@@ -17,6 +17,7 @@ use crate::{
     error::Error,
     mounts::{self, Mount},
     node::{Node, blocking},
+    stage::mounted,
     staged::{self, Staged},
 };
 
@@ -65,6 +66,13 @@ impl<S: Store> Node<S> {
         }
         let device = staged.device.clone().ok_or_else(|| Error::Precondition(format!("{id} has no device yet")))?;
         let read_only = read_only || access.read_only;
+        if read_only && staged.volume_mode == VolumeMode::Block {
+            return Err(Error::InvalidArgument("readonly: the writers of a raw block volume cannot be kept out of one target".into()));
+        }
+        if staged.volume_mode == VolumeMode::Filesystem && !mounted(&staged)? {
+            let text = format!("{id} is not mounted any more at {}: stage it again", staging.display());
+            return Err(Error::Precondition(text));
+        }
         blocking(&id.clone(), move || {
             let published = targets(&device, &staged.staging_path)?;
             if let Some(there) = published.iter().find(|mount| mount.point == target) {
@@ -90,8 +98,16 @@ impl<S: Store> Node<S> {
     /// # Errors
     /// What the kernel says.
     pub(crate) async fn unpublish(self: Arc<Self>, id: String, target: PathBuf) -> Result<(), Error> {
-        let alive = staged::of(&self.state, &id)?.is_some_and(|staged| self.open_volume(&staged.uid).is_some());
-        blocking(&id, move || {
+        let staged = staged::of(&self.state, &id)?;
+        let alive = staged.as_ref().is_some_and(|staged| self.open_volume(&staged.uid).is_some());
+        blocking(&id.clone(), move || {
+            if let Some((staged, device)) = staged.as_ref().and_then(|staged| Some((staged, staged.device.as_deref()?)))
+                && let Some(other) = mounts::at(&target).map_err(Error::io("reading the mounts"))?
+                && !targets(device, &staged.staging_path)?.iter().any(|mount| mount.point == target)
+            {
+                let text = format!("{} is mounted at target_path {}, not {id}: it is left alone", other.source.display(), target.display());
+                return Err(Error::Precondition(text));
+            }
             let unmounted = if alive { mounts::unmount_all(&target) } else { mounts::unmount_lazily(&target) };
             unmounted.map_err(Error::io(format!("unmounting {}", target.display())))?;
             remove_target(&target)

@@ -35,8 +35,9 @@ impl<S: Store> Node<S> {
         let volume = self.volume(&id).await?;
         let wanted = wanted(&volume, &path, &access)?;
         if let Some(before) = staged::of(&self.state, &id)? {
-            if self.open_volume(&before.uid).is_some() {
-                return already(&before, &wanted);
+            if let Some(open) = self.open_volume(&before.uid) {
+                already(&before, &wanted)?;
+                return self.mount_again(&volume, &before, &open).await;
             }
             warn!("the volume was staged when an earlier csi-node ended: what is left of that is removed");
             self.take_down(&before).await?;
@@ -83,12 +84,26 @@ impl<S: Store> Node<S> {
         self.patch_status(&staged.volume, &staged.uid, |status| status.device = Some(device.clone())).await?;
         let wanted = volume.status.as_ref().map_or(0, |status| status.capacity_bytes);
         until_ready(&open).await?;
-        open.volume.grow(wanted).await?;
+        if let Err(error) = open.volume.grow(wanted).await {
+            // Both copies are good: it is used at its old size, and grows when it is asked to again.
+            warn!(%error, "the volume could not be given the size that it was granted");
+        }
         if staged.volume_mode == VolumeMode::Filesystem {
             self.bring_up_file_system(volume, &staged, &open).await?;
         }
         info!(path = %staged.staging_path.display(), "staged");
         Ok(())
+    }
+
+    /// It is staged already; but was it unmounted since, or an unstage cut off in its middle?
+    async fn mount_again(self: &Arc<Self>, volume: &MirrorVolume, staged: &Staged, open: &Arc<OpenVolume>) -> Result<(), Error> {
+        if staged.volume_mode == VolumeMode::Block || mounted(staged)? {
+            return Ok(());
+        }
+        warn!(path = %staged.staging_path.display(), "it is not mounted any more where it was staged: it is mounted again");
+        let path = staged.staging_path.clone();
+        blocking(&staged.volume, move || usable(&path)).await?;
+        self.bring_up_file_system(volume, staged, open).await
     }
 
     async fn bring_up_file_system(self: &Arc<Self>, volume: &MirrorVolume, staged: &Staged, open: &Arc<OpenVolume>) -> Result<(), Error> {
@@ -238,9 +253,19 @@ fn unmount(path: &Path, device: Option<&Path>, alive: bool) -> Result<(), Error>
     unmounted.map_err(Error::io(format!("unmounting {}", path.display())))
 }
 
-/// The mirror serves requests.
+/// Whether the volume's file system is mounted where it is staged.
+pub(crate) fn mounted(staged: &Staged) -> Result<bool, Error> {
+    let mount = mounts::at(&staged.staging_path).map_err(Error::io("reading the mounts"))?;
+    Ok(mount.is_some_and(|mount| Some(&mount.source) == staged.device.as_ref()))
+}
+
+/// The mirror serves requests, or never will.
 async fn until_ready(open: &OpenVolume) -> Result<(), Error> {
     let mut status = open.volume.status();
-    let ready = status.wait_for(|status: &MirrorStatus| status.ready).await;
-    ready.map(drop).map_err(|_| Error::Datapath(lockstep_datapath::Error::Gone))
+    let decided = status.wait_for(|status: &MirrorStatus| status.ready || status.read_only || status.stopped).await;
+    let decided = *decided.map_err(|_| Error::Datapath(lockstep_datapath::Error::Gone))?;
+    if decided.ready && !decided.read_only {
+        return Ok(());
+    }
+    Err(Error::Precondition(format!("{} cannot be served: its only good copy, or its witness, cannot be written; see the log", open.id)))
 }

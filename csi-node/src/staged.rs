@@ -52,16 +52,23 @@ impl Staged {
     }
 }
 
-/// All records.
+/// All records, and those that cannot be read.
 ///
 /// # Errors
-/// `StateError::Unreadable`: it is named; the others can still be found one by one.
-pub fn all(state: &StateDir) -> Result<Vec<Staged>, StateError> {
+/// `StateError::Io` if their directory cannot be read.
+pub fn all(state: &StateDir) -> Result<(Vec<Staged>, Vec<StateError>), StateError> {
     let dir = state.staged_dir();
     let entries = fs::read_dir(&dir).map_err(|source| StateError::Io { path: dir, source })?.flatten();
     let records = entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|extension| extension == "yaml"));
     let hidden = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
-    records.filter(|path| !hidden(path)).filter_map(|path| state_dir::read_record(&path).transpose()).collect()
+    let (mut readable, mut unreadable) = (Vec::new(), Vec::new());
+    for path in records.filter(|path| !hidden(path)) {
+        match state_dir::read_record(&path) {
+            Ok(record) => readable.extend::<Option<Staged>>(record),
+            Err(error) => unreadable.push(error),
+        }
+    }
+    Ok((readable, unreadable))
 }
 
 /// The record of a volume, by its id.
@@ -69,5 +76,26 @@ pub fn all(state: &StateDir) -> Result<Vec<Staged>, StateError> {
 /// # Errors
 /// `StateError::Unreadable` if its record may be the one that cannot be read.
 pub fn of(state: &StateDir, volume: &str) -> Result<Option<Staged>, StateError> {
-    Ok(all(state)?.into_iter().find(|staged| staged.volume == volume))
+    let (records, unreadable) = all(state)?;
+    match records.into_iter().find(|staged| staged.volume == volume) {
+        None => unreadable.into_iter().next().map_or(Ok(None), Err),
+        found => Ok(found),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_record_keeps_nobody_else_from_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::open(dir.path()).unwrap();
+        let text = "volume: v\nuid: u\nstagingPath: /s\nvolumeMode: Block\n";
+        fs::write(state.staged("u"), text).unwrap();
+        assert_eq!(of(&state, "w").unwrap(), None);
+        fs::write(state.staged("damaged"), "{").unwrap();
+        assert_eq!(of(&state, "v").unwrap().unwrap().uid, "u");
+        assert!(of(&state, "w").unwrap_err().to_string().contains("damaged.yaml"));
+    }
 }

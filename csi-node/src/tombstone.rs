@@ -1,7 +1,7 @@
 //! Volumes that were deleted while one of their disks was away: the copy there goes when the disk comes back. Legs of volumes that nobody
 //! deleted are never touched, whatever the objects say.
 
-use std::{fs, sync::Arc};
+use std::{collections::BTreeSet, fs, sync::Arc};
 
 use lockstep_store::Store;
 use tracing::{info, warn};
@@ -23,14 +23,16 @@ impl<S: Store> Node<S> {
         let node = Arc::clone(self);
         let swept = tokio::task::spawn_blocking(move || {
             let entries = fs::read_dir(node.state.deleted_dir()).into_iter().flatten().flatten();
-            for uid in entries.filter_map(|entry| entry.file_name().into_string().ok()) {
-                for leg in legs::find(&node.disks, &uid) {
-                    match legs::remove(&leg.dir) {
-                        Ok(()) => info!(uid, disk = leg.disk, "a copy of a deleted volume was removed"),
-                        Err(error) => warn!(uid, disk = leg.disk, %error, "a copy of a deleted volume is left"),
-                    }
-                    node.disks.refresh(&leg.disk);
+            let deleted: BTreeSet<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+            if deleted.is_empty() {
+                return;
+            }
+            for (uid, leg) in legs::all(&node.disks).into_iter().filter(|(uid, _)| deleted.contains(uid)) {
+                match legs::remove(&leg.dir) {
+                    Ok(()) => info!(uid, disk = leg.disk, "a copy of a deleted volume was removed"),
+                    Err(error) => warn!(uid, disk = leg.disk, %error, "a copy of a deleted volume is left"),
                 }
+                node.disks.refresh(&leg.disk);
             }
         });
         drop(swept.await);

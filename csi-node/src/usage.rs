@@ -49,7 +49,9 @@ impl<S: Store> Node<S> {
             return Ok(vec![VolumeUsage { unit: Unit::Bytes.into(), total: signed(total), ..VolumeUsage::default() }]);
         }
         blocking(&id, move || {
-            let stat = rustix::fs::statvfs(&path).map_err(|errno| Error::io(format!("statfs {}", path.display()))(errno.into()))?;
+            let at = path.clone();
+            let stat = lockstep_datapath::isolated(move || rustix::fs::statvfs(&at))
+                .map_err(|errno| Error::io(format!("statfs {}", path.display()))(errno.into()))?;
             let bytes = |blocks: u64| signed(blocks.saturating_mul(stat.f_frsize));
             let used = stat.f_blocks.saturating_sub(stat.f_bfree);
             let inodes = VolumeUsage {

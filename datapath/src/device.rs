@@ -17,6 +17,7 @@ use crate::{
         loop_device::{self, LoopDevice},
     },
     error::{Context, Error},
+    isolated::isolated,
 };
 
 /// How a volume's loop device is marked.
@@ -24,8 +25,8 @@ fn mark(name: &str) -> String {
     format!("lockstep:{name}")
 }
 
-/// A mounted FUSE file: nothing serves it yet.
-#[derive(Debug)]
+/// A mounted FUSE file.
+#[derive(Clone, Debug)]
 pub(crate) struct Mount {
     path: PathBuf,
 }
@@ -55,8 +56,7 @@ pub(crate) fn mount_fuse(run_dir: &Path, name: &str) -> Result<(Mount, OwnedFd),
 }
 
 impl Mount {
-    /// Opens the file. Blocks until the datapath serves it.
-    pub(crate) fn open(&self) -> Result<File, Error> {
+    fn open(&self) -> Result<File, Error> {
         OpenOptions::new()
             .read(true)
             .write(true)
@@ -67,22 +67,50 @@ impl Mount {
 
     /// Puts a loop device on it. Blocks until the datapath serves it.
     pub(crate) fn attach_loop(&self, name: &str) -> Result<LoopDevice, Error> {
-        let device = loop_device::attach(&self.open()?.into(), &mark(name)).context(|| "attaching a loop device".into())?;
-        match device.has_write_cache() {
-            Ok(true) => Ok(device),
-            Ok(false) | Err(_) => {
-                let path = device.path().to_owned();
-                drop(device.detach());
-                Err(Error::NoFlush { device: path })
+        let (mount, mark) = (self.clone(), mark(name));
+        isolated(move || {
+            let device = loop_device::attach(&mount.open()?.into(), &mark).context(|| "attaching a loop device".into())?;
+            match device.has_write_cache() {
+                Ok(true) => Ok(device),
+                Ok(false) | Err(_) => {
+                    let path = device.path().to_owned();
+                    drop(device.detach());
+                    Err(Error::NoFlush { device: path })
+                }
             }
-        }
+        })
     }
 
-    /// Unmounts it, also if somebody still has it open.
-    pub(crate) fn unmount(&self) -> Result<(), Error> {
-        unmount(&self.path, UnmountFlags::DETACH).context(|| format!("unmounting {}", self.path.display()))?;
-        std::fs::remove_file(&self.path).context(|| format!("removing {}", self.path.display()))
+    /// Makes the kernel see the file's new size, and then the device. Blocks until the datapath serves it.
+    pub(crate) fn refresh_size(&self, device: &LoopDevice) -> Result<(), Error> {
+        let (mount, device) = (self.clone(), device.clone());
+        isolated(move || {
+            // A stat brings the new size into the kernel's inode; the loop device takes it from there.
+            mount.open()?.metadata().context(|| "reading the device's new size".into())?;
+            device.refresh_size().context(|| format!("growing {}", device.path().display()))
+        })
     }
+
+    /// Unmounts it, also if somebody still has it open. Not mounted any more: fine.
+    pub(crate) fn unmount(&self) -> Result<(), Error> {
+        let path = self.path.clone();
+        isolated(move || remove_file(&path))
+    }
+}
+
+/// Takes every mount off the file, and removes it.
+fn remove_file(path: &Path) -> Result<(), Error> {
+    while let Ok(()) = unmount(path, UnmountFlags::DETACH) {}
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).context(|| format!("removing {}", path.display())),
+        _ => Ok(()),
+    }
+}
+
+/// Detaches a device. In use: it goes with its last user. Blocks.
+pub(crate) fn detach(device: &LoopDevice) -> Result<(), Error> {
+    let device = device.clone();
+    isolated(move || device.detach().context(|| format!("detaching {}", device.path().display())))
 }
 
 /// Removes what a process that died left behind for this volume: its loop device and its FUSE mount. The file system on the device must
@@ -91,14 +119,11 @@ impl Mount {
 /// # Errors
 /// `Error::Io`.
 pub fn remove_leftovers(run_dir: &Path, name: &str) -> Result<(), Error> {
-    for device in loop_device::find(&mark(name)).context(|| "looking for loop devices".into())? {
-        let path = device.path().to_owned();
-        device.detach().context(|| format!("detaching {}", path.display()))?;
-    }
-    let path = run_dir.join(name);
-    while let Ok(()) = unmount(&path, UnmountFlags::DETACH) {}
-    match std::fs::remove_file(&path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).context(|| format!("removing {}", path.display())),
-        _ => Ok(()),
-    }
+    let (path, mark) = (run_dir.join(name), mark(name));
+    isolated(move || {
+        for device in loop_device::find(&mark).context(|| "looking for loop devices".into())? {
+            device.detach().context(|| format!("detaching {}", device.path().display()))?;
+        }
+        remove_file(&path)
+    })
 }

@@ -12,7 +12,7 @@ use lockstep_core::{
     assembly::{Assembly, assemble},
     format,
     io::{Effects, Fill, Notice, Request},
-    status::Status,
+    status::{LegState, Status},
     units::{BLOCK_SIZE, Epoch, Errno, Instant, LegId, Slot, VolumeId},
 };
 use tokio::sync::{Mutex, broadcast, mpsc, oneshot, watch};
@@ -67,6 +67,8 @@ pub struct Volume {
     commands: mpsc::Sender<Command>,
     status: watch::Receiver<Status>,
     notices: broadcast::Sender<Notice>,
+    /// Has what happened since before the first event.
+    first: std::sync::Mutex<Option<broadcast::Receiver<Notice>>>,
     returning: Vec<(LegPath, Slot, Fill)>,
     witness: PathBuf,
 }
@@ -94,16 +96,18 @@ impl Datapath {
     }
 
     /// Fences the legs, assembles the mirror and makes its block device. What an earlier process left behind for the volume is removed
-    /// first. A leg that cannot be opened or fenced is left out, if the mirror may do without it.
+    /// first. A leg that cannot be opened is left out, if the mirror may do without it.
     ///
     /// # Errors
-    /// `Error::Refused` if the mirror must not be used as it was found; `Error::Io`, `Error::Truncated`, `Error::NoFlush`.
+    /// `Error::Refused` if the mirror must not be used as it was found; `Error::LegBusy`: try again; `Error::Io`, `Error::Truncated`,
+    /// `Error::NoFlush`.
     pub async fn open(&self, spec: VolumeSpec) -> Result<Volume, Error> {
         let thread = self.threads.iter().min_by_key(|thread| thread.volumes()).ok_or(Error::Gone)?;
         let witness = spec.witness.clone();
         let opened = blocking(move || open(&spec)).await?;
         let name = opened.start.name.clone();
         let (status, notices) = (opened.start.status.subscribe(), opened.start.notices.clone());
+        let first = notices.subscribe();
         if thread.add(opened.start).await.is_err() {
             let mount = opened.mount;
             drop(blocking(move || mount.unmount()).await);
@@ -126,6 +130,7 @@ impl Datapath {
             commands: opened.commands,
             status,
             notices,
+            first: std::sync::Mutex::new(Some(first)),
             returning: opened.returning,
             witness,
         })
@@ -139,6 +144,8 @@ fn open(spec: &VolumeSpec) -> Result<Opened, Error> {
     for path in &spec.legs {
         match OpenLeg::open(&path.dir) {
             Ok(leg) => found.push(leg),
+            // Its last I/O is waited for: without it the leg would be taken out for nothing.
+            Err(error @ Error::LegBusy { .. }) => return Err(error),
             Err(error) => warn!(%error, "a leg is left out"),
         }
     }
@@ -226,9 +233,10 @@ impl Volume {
         self.status.clone()
     }
 
-    /// What happens from now on.
+    /// What happens: the first time this is called, from the opening on; later, from now on.
     pub fn notices(&self) -> broadcast::Receiver<Notice> {
-        self.notices.subscribe()
+        let first = self.first.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        first.unwrap_or_else(|| self.notices.subscribe())
     }
 
     /// Stale legs that were found at opening and how they can come back (`attach`).
@@ -250,20 +258,23 @@ impl Volume {
     /// `Fill::Everything` the leg must be new and empty (`create_leg` with `format::spare_leg`).
     ///
     /// # Errors
-    /// `Error::Mirror(EBUSY)`: the slot's leg still counts, or I/O to it is not over.
+    /// `Error::Mirror(EBUSY)`: the slot's leg still counts, or I/O to it is not over. `Error::Truncated`: only `Fill::Everything` would do.
     pub async fn attach(&self, slot: Slot, path: LegPath, fill: Fill) -> Result<(), Error> {
+        // Not while it grows: the leg would be too short.
+        let mut legs = self.legs.lock().await;
         let bytes = self.status.borrow().blocks * BLOCK_SIZE;
         let dir = path.dir.clone();
         let open = blocking(move || {
             let leg = OpenLeg::open(&dir)?;
             let summary = format::peek(&leg.meta).map_err(|source| Error::Meta { path: dir.join("meta"), source })?;
+            leg.whole(summary.blocks)?;
             leg.allocate(bytes)?;
             Ok((leg, summary.leg))
         });
         let (leg, id) = open.await?;
         let request = Request::Attach { slot, leg: id, fill };
         self.ask(|reply| Command::Attach { slot, leg: Box::new(leg), request, reply }).await?;
-        self.legs.lock().await[slot.index()] = Some(path.dir);
+        legs[slot.index()] = Some(path.dir);
         Ok(())
     }
 
@@ -273,15 +284,21 @@ impl Volume {
     /// # Errors
     /// `Error::Io`, `Error::Meta`, `Error::Gone`.
     pub async fn readmission(&self, path: &LegPath) -> Result<Option<(Slot, Fill)>, Error> {
-        let file = path.dir.join("meta");
+        let dir = path.dir.clone();
         let meta = blocking(move || {
+            let file = dir.join("meta");
             let meta = std::fs::read(&file).context(|| format!("reading {}", file.display()))?;
-            format::peek(&meta).map_err(|source| Error::Meta { path: file, source })?;
-            Ok(meta)
+            let summary = format::peek(&meta).map_err(|source| Error::Meta { path: file, source })?;
+            let data = dir.join("data");
+            let len = std::fs::metadata(&data).context(|| format!("reading the size of {}", data.display()))?.len();
+            Ok((meta, len >= summary.blocks * BLOCK_SIZE))
         });
+        let (meta, whole) = meta.await?;
         let (reply, answer) = oneshot::channel();
-        self.commands.send(Command::Readmission(meta.await?, reply)).await.map_err(|_| Error::Gone)?;
-        answer.await.map_err(|_| Error::Gone)
+        self.commands.send(Command::Readmission(meta, reply)).await.map_err(|_| Error::Gone)?;
+        let answer = answer.await.map_err(|_| Error::Gone)?;
+        // What was cut off its end is not among the dirty regions.
+        Ok(answer.map(|(slot, fill)| (slot, if whole { fill } else { Fill::Everything })))
     }
 
     /// Takes a leg out.
@@ -292,29 +309,30 @@ impl Volume {
         self.submit(Request::Detach(slot)).await
     }
 
-    /// Makes the volume `bytes` long: first the legs, then the mirror, then the device.
+    /// Makes the volume `bytes` long, if it is not: first the legs that count or are being filled, then the mirror, then the device. May be
+    /// called again after an error.
     ///
     /// # Errors
-    /// `Error::Io` if a leg's disk has no room: nothing has changed then.
+    /// `Error::Io` if a leg's disk has no room: the volume has its old size then.
     pub async fn grow(&self, bytes: u64) -> Result<(), Error> {
-        let old = self.status.borrow().blocks * BLOCK_SIZE;
-        if bytes <= old {
+        let legs = self.legs.lock().await;
+        let status = *self.status.borrow();
+        let old = status.blocks * BLOCK_SIZE;
+        if bytes > old {
+            let here = Slot::BOTH.into_iter().filter(|slot| status.legs[slot.index()].state != LegState::Out);
+            for dir in here.filter_map(|slot| legs[slot.index()].clone()) {
+                blocking(move || leg::extend_leg(&dir, bytes)).await?;
+            }
+            self.submit(Request::Grow { blocks: bytes / BLOCK_SIZE }).await?;
+        }
+        let device = self.device.clone();
+        if device_bytes(&device)? >= bytes {
             return Ok(());
         }
-        for dir in self.legs.lock().await.clone().into_iter().flatten() {
-            blocking(move || leg::extend_leg(&dir, bytes)).await?;
-        }
-        self.submit(Request::Grow { blocks: bytes / BLOCK_SIZE }).await?;
         self.ask(Command::InvalidateAttributes).await?;
-        let state = self.state.lock().await;
-        let Some((mount, device)) = state.as_deref() else { return Err(Error::Gone) };
-        // A stat brings the new size into the kernel's inode; the loop device takes it from there.
-        let file = blocking({
-            let file = mount.open()?;
-            move || file.metadata().context(|| "reading the device's new size".into())
-        });
-        file.await?;
-        device.refresh_size().context(|| format!("growing {}", device.path().display()))
+        let state = self.state.lock().await.clone();
+        let attached = state.ok_or(Error::Gone)?;
+        blocking(move || attached.0.refresh_size(&attached.1)).await
     }
 
     /// Makes every answered write durable.
@@ -325,29 +343,36 @@ impl Volume {
         self.submit(Request::Flush).await
     }
 
-    /// Detaches the device, stops the mirror cleanly and lets go of the legs. The device's users must be gone. May be called again after
-    /// an error.
+    /// Detaches the device, stops the mirror cleanly and lets go of the legs. The device's users must be gone. A mirror that cannot be stopped
+    /// cleanly is let go of as if the process had been killed: its dirty bits say what may differ. May be called again after an error.
     ///
     /// # Errors
-    /// `Error::Io`, `Error::Mirror`.
+    /// `Error::Io`.
     pub async fn close(&self) -> Result<(), Error> {
         let mut state = self.state.lock().await;
         if let Some(attached) = state.clone() {
             let detached = Arc::clone(&attached);
-            blocking(move || {
-                let device = &detached.1;
-                device.detach().context(|| format!("detaching {}", device.path().display()))
-            })
-            .await?;
+            blocking(move || device::detach(&detached.1)).await?;
             // The kernel may still be letting go of the device; what it sends until then is served.
             match self.submit(Request::Stop).await {
                 // An earlier call came as far as this.
-                Err(Error::Mirror(Errno::ESHUTDOWN)) => {}
-                stopped => stopped?,
+                Ok(()) | Err(Error::Mirror(Errno::ESHUTDOWN)) => {}
+                Err(error) => warn!(%error, "the mirror could not be stopped cleanly"),
             }
             blocking(move || attached.0.unmount()).await?;
             *state = None;
         }
-        self.ask(Command::Close).await
+        match self.ask(Command::Close).await {
+            // Nobody is left who could be told.
+            Err(Error::Gone) => Ok(()),
+            closed => closed,
+        }
     }
+}
+
+/// The size that a block device shows.
+fn device_bytes(device: &Path) -> Result<u64, Error> {
+    let path = Path::new("/sys/block").join(device.file_name().unwrap_or_default()).join("size");
+    let text = std::fs::read_to_string(&path).context(|| format!("reading {}", path.display()))?;
+    Ok(text.trim().parse::<u64>().unwrap_or(0) * 512)
 }

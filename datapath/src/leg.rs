@@ -152,6 +152,12 @@ impl OpenLeg {
         Ok(Self { dir: dir.to_owned(), meta, len, data, meta_file })
     }
 
+    /// Its data is as long as its own metadata says. What was cut off its end would come back as zeroes.
+    pub(crate) fn whole(&self, blocks: u64) -> Result<(), Error> {
+        let wanted = blocks * BLOCK_SIZE;
+        if self.len < wanted { Err(Error::Truncated { path: self.dir.join("data"), found: self.len, wanted }) } else { Ok(()) }
+    }
+
     /// Allocates whatever of the first `bytes` is not, so that no write meets a full disk (a discard from elsewhere may have punched).
     pub(crate) fn allocate(&self, bytes: u64) -> Result<(), Error> {
         allocate(&self.data, 0, bytes).context(|| format!("allocating {bytes} bytes for {}", self.dir.join("data").display()))

@@ -8,12 +8,14 @@
 //! Guarantees: one thread owns one mirror, nothing on the data path is locked; the payload is copied once, before both legs; memory
 //! is bounded and allocated once a thread (`buffers.rs`); a mirror that panics fails alone.
 //!
-//! What may block - opening and fencing legs, mounting, loop devices - happens on the caller's blocking pool, never on a datapath thread.
+//! What may block - opening and fencing legs, mounting, loop devices - happens on the caller's blocking pool, never on a datapath thread; what
+//! may wait for a device that this process serves, on a thread without its descriptors (`isolated`).
 
 mod abi;
 mod buffers;
 mod connection;
 mod error;
+mod isolated;
 mod leg;
 mod thread;
 mod volume;
@@ -24,5 +26,6 @@ mod handle;
 pub use device::remove_leftovers;
 pub use error::Error;
 pub use handle::{Datapath, LegPath, Volume, VolumeSpec};
+pub use isolated::isolated;
 pub use leg::{create_leg, create_witness, extend_leg};
 pub use lockstep_core as core;

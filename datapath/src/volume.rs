@@ -194,13 +194,14 @@ impl Volume {
     }
 
     fn fail_everything(&self) {
-        error!("the mirror's code panicked: its requests get EIO from now on; stage the volume again");
+        error!("the mirror's code panicked: its requests get EIO from now on; unstage the volume and stage it again");
         let tags: Vec<Tag> = self.entries.borrow().keys().copied().collect();
         for tag in tags {
             self.complete(tag, Err(Errno::EIO));
         }
         self.entries.take();
         self.legs.take();
+        self.status.send_modify(|status| status.read_only = true);
     }
 
     fn perform(self: &Rc<Self>, mut out: Effects) {

@@ -28,7 +28,10 @@ use lockstep_datapath::{
 };
 use lockstep_proto::objects::MirrorVolume;
 use lockstep_store::Store;
-use tokio::sync::{broadcast::error::TryRecvError, watch};
+use tokio::{
+    sync::{broadcast::error::TryRecvError, watch},
+    task::JoinHandle,
+};
 use tracing::{Instrument, info, warn};
 
 use crate::{
@@ -44,6 +47,8 @@ pub const FORCE_ANNOTATION: &str = "lockstep.io/force-leg";
 const PACE: Duration = Duration::from_millis(200);
 /// Without any change, it is looked again after this.
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
+/// How long the store may take for one report.
+const REPORT: Duration = Duration::from_secs(5);
 /// How long the kernel may take to let go of a device.
 const LET_GO: Duration = Duration::from_secs(10);
 
@@ -60,7 +65,10 @@ pub struct OpenVolume {
     disks: Mutex<BTreeMap<LegId, String>>,
     /// What a leg failed with.
     errors: Mutex<BTreeMap<LegId, String>>,
+    /// Its object as it was when it was opened: what a new copy's `volume.yaml` says, without asking anybody.
+    object: MirrorVolume,
     closing: watch::Sender<bool>,
+    looked_after: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl OpenVolume {
@@ -129,12 +137,20 @@ impl<S: Store> Node<S> {
             volume,
             disks: Mutex::new(disks),
             errors: Mutex::default(),
+            object: object.clone(),
             closing: watch::Sender::new(false),
+            looked_after: Mutex::default(),
         });
         self.open.lock().unwrap_or_else(PoisonError::into_inner).insert(uid, Arc::clone(&open));
-        let span = tracing::info_span!(parent: None, "mirror", id = open.id);
-        tokio::spawn(Arc::clone(self).look_after(Arc::clone(&open)).instrument(span));
+        self.begin_to_look_after(&open);
         Ok(open)
+    }
+
+    fn begin_to_look_after(self: &Arc<Self>, open: &Arc<OpenVolume>) {
+        open.closing.send_replace(false);
+        let span = tracing::info_span!(parent: None, "mirror", id = open.id);
+        let task = tokio::spawn(Arc::clone(self).look_after(Arc::clone(open)).instrument(span));
+        *open.looked_after.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
     }
 
     async fn forget_force(&self, mut object: MirrorVolume) -> Result<(), Error> {
@@ -149,10 +165,20 @@ impl<S: Store> Node<S> {
     ///
     /// # Errors
     /// The datapath's.
-    pub(crate) async fn close_mirror(&self, open: &OpenVolume) -> Result<(), Error> {
+    pub(crate) async fn close_mirror(self: &Arc<Self>, open: &Arc<OpenVolume>) -> Result<(), Error> {
         let device = open.volume.device().to_owned();
-        open.volume.close().await?;
         open.closing.send_replace(true);
+        let task = open.looked_after.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(task) = task
+            && tokio::time::timeout(LET_GO, task).await.is_err()
+        {
+            // It waits for a sick disk, and when it goes on it sees that it has to end.
+            warn!("what looked after the mirror does not end");
+        }
+        if let Err(error) = open.volume.close().await {
+            self.begin_to_look_after(open);
+            return Err(error.into());
+        }
         self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&open.uid);
         self.report_closed(open).await;
         blocking(&open.id, move || {
@@ -194,8 +220,11 @@ impl<S: Store> Node<S> {
                 }
             }
             let legs_changed = self.fill_legs(&open, &snapshot, &mut patience).await;
-            if let Err(error) = self.report(&open, &snapshot, &mut health).await {
-                warn!(%error, "the volume's object does not say what is; tried again");
+            // The mirror is not kept waiting for whoever keeps the objects.
+            match tokio::time::timeout(REPORT, self.report(&open, &snapshot, &mut health)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => warn!(%error, "the volume's object does not say what is; tried again"),
+                Err(_) => warn!("the volume's object cannot be written in time; tried again"),
             }
             if legs_changed {
                 continue;

@@ -18,6 +18,7 @@ use tracing::{info, warn};
 use super::OpenVolume;
 use crate::{
     allocate::datapath_id,
+    disks::Disk,
     error::Error,
     legs::{self, LegDir, OVERHEAD},
     node::{Node, blocking},
@@ -98,38 +99,61 @@ impl<S: Store> Node<S> {
         // The same disk, back first.
         if let Some(leg) = found.iter().find(|leg| leg.leg == lost) {
             let path = LegPath { dir: leg.dir.clone() };
-            // A leg that cannot be asked is as good as none.
             if let Ok(Some((at, Fill::DirtyRegions))) = open.volume.readmission(&path).await
                 && at == slot
             {
-                open.volume.attach(slot, path, Fill::DirtyRegions).await?;
-                return Ok(Some(Fill::DirtyRegions));
+                match open.volume.attach(slot, path, Fill::DirtyRegions).await {
+                    Ok(()) => return Ok(Some(Fill::DirtyRegions)),
+                    Err(error @ lockstep_datapath::Error::Mirror(Errno::EBUSY)) => return Err(error.into()),
+                    // Another disk may do better.
+                    Err(error) => warn!(%error, disk = leg.disk, "the copy that came back cannot be used"),
+                }
             }
         }
         self.attach_new(open, status, slot, &found).await
+    }
+
+    /// Copies that take room and can never be used again: nothing that may hold what the mirror's record does not know.
+    async fn useless(&self, open: &OpenVolume, status: &Status, found: &[LegDir]) -> Vec<LegDir> {
+        let mut useless = Vec::new();
+        for leg in found.iter().filter(|leg| status.legs.iter().all(|member| member.id != leg.leg || member.state == LegState::Out)) {
+            let dir = leg.dir.clone();
+            let old =
+                blocking(&open.id, move || legs::epoch(&dir)).await.is_ok_and(|epoch| epoch.is_none_or(|epoch| epoch <= status.epoch.0));
+            let readmission = open.volume.readmission(&LegPath { dir: leg.dir.clone() }).await;
+            // A member whose place is not free yet has no answer, which is not "never".
+            let member = status.legs.iter().any(|member| member.id == leg.leg);
+            let never = match readmission {
+                Ok(Some((_, Fill::Everything))) | Err(lockstep_datapath::Error::Meta { .. }) => true,
+                Ok(None) => !member,
+                Ok(Some((_, Fill::DirtyRegions))) | Err(_) => false,
+            };
+            if old && never {
+                useless.push(leg.clone());
+            }
+        }
+        useless
     }
 
     async fn attach_new(&self, open: &OpenVolume, status: &Status, slot: Slot, found: &[LegDir]) -> Result<Option<Fill>, Error> {
         let bytes = status.blocks * BLOCK_SIZE;
         let survivor = status.legs[slot.other().index()].id;
         let survivors_disk = open.disk_of(survivor).and_then(|name| self.disks.get(&name)).map(|disk| disk.identity.physical);
-        let reserve = || {
-            let avoid = |disk: &crate::disks::Disk| Some(&disk.identity.physical) == survivors_disk.as_ref();
-            self.disks.reserve(1, bytes + OVERHEAD, avoid).and_then(|mut reserved| reserved.pop())
-        };
+        let avoid = |disk: &Disk| Some(&disk.identity.physical) == survivors_disk.as_ref();
+        let reserve = || self.disks.reserve(1, bytes + OVERHEAD, avoid).and_then(|mut reserved| reserved.pop());
         let mut reserved = reserve();
         if reserved.is_none() {
-            // Copies that cannot be used any more make room, and only then.
-            let stale: Vec<_> = found
-                .iter()
-                .filter(|leg| status.legs.iter().all(|member| member.id != leg.leg || slot_is_out(status, leg.leg)))
-                .cloned()
-                .collect();
-            self.remove_legs(stale).await?;
+            // Useless copies make room, and only where that is enough.
+            let mut useless = self.useless(open, status, found).await;
+            useless.retain(|leg| {
+                let disk = self.disks.get(&leg.disk).filter(|disk| !avoid(disk));
+                disk.is_some_and(|disk| self.disks.free(&disk) + legs::data_len(&leg.dir) >= bytes)
+            });
+            self.remove_for(open, useless).await?;
             reserved = reserve();
         }
         let Some(disk) = reserved.as_ref().and_then(crate::disks::Reservation::disk) else { return Ok(None) };
-        let object = self.volume(&open.id).await?;
+        let object = open.object.clone();
         let (uid, leg) = (open.uid.clone(), LegId(*uuid::Uuid::new_v4().as_bytes()));
         let dir = legs::dir(&disk, &uid, leg);
         let made = {
@@ -153,20 +177,31 @@ impl<S: Store> Node<S> {
         Ok(Some(Fill::Everything))
     }
 
-    /// Both copies count: what else there is of the volume is older, and goes.
+    /// Both copies count: what else there is of the volume is older, and goes. What is newer is a riddle, and stays.
     async fn remove_replaced(&self, open: &OpenVolume, status: &Status) {
         let Ok(mut found) = self.find_legs(&open.uid).await else { return };
         found.retain(|leg| status.legs.iter().all(|member| member.id != leg.leg));
         if found.is_empty() {
             return;
         }
-        info!(disks = ?found.iter().map(|leg| &leg.disk).collect::<Vec<_>>(), "a copy that was replaced is removed");
-        if let Err(error) = self.remove_legs(found).await {
+        let useless = self.useless(open, status, &found).await;
+        if useless.len() < found.len() {
+            warn!(?found, "a copy that the mirror does not know is left alone");
+        }
+        if useless.is_empty() {
+            return;
+        }
+        info!(disks = ?useless.iter().map(|leg| &leg.disk).collect::<Vec<_>>(), "a copy that was replaced is removed");
+        if let Err(error) = self.remove_for(open, useless).await {
             warn!(%error, "a copy that was replaced is still there");
         }
     }
-}
 
-fn slot_is_out(status: &Status, leg: LegId) -> bool {
-    status.legs.iter().any(|member| member.id == leg && member.state == LegState::Out)
+    /// Removes legs of an open mirror, unless it is being closed: what is known of them may be old by then.
+    async fn remove_for(&self, open: &OpenVolume, legs: Vec<LegDir>) -> Result<(), Error> {
+        if *open.closing.borrow() {
+            return Ok(());
+        }
+        self.remove_legs(legs).await
+    }
 }

@@ -15,7 +15,7 @@ use lockstep_proto::{
 use lockstep_store::Store;
 use tonic::{Request, Response, Status, async_trait};
 
-use super::{required, required_path};
+use super::{absolute_path, required, required_path};
 use crate::{capability::Access, error::Error, node::Node};
 
 /// Serves a node.
@@ -36,8 +36,9 @@ impl<S: Store> node_server::Node for NodeService<S> {
     async fn node_stage_volume(&self, request: Request<NodeStageVolumeRequest>) -> Result<Response<NodeStageVolumeResponse>, Status> {
         let request = request.into_inner();
         let id = required("volume_id", &request.volume_id)?;
-        let path = required_path("staging_target_path", &request.staging_target_path)?;
+        let path = absolute_path("staging_target_path", &request.staging_target_path)?;
         let access = Access::parse(request.volume_capability)?;
+        self.node.scanned()?;
         let named = id.clone();
         self.node.exclusively(&named, |node| node.stage(id, path, access)).await?;
         Ok(Response::new(NodeStageVolumeResponse {}))
@@ -55,12 +56,12 @@ impl<S: Store> node_server::Node for NodeService<S> {
     async fn node_publish_volume(&self, request: Request<NodePublishVolumeRequest>) -> Result<Response<NodePublishVolumeResponse>, Status> {
         let request = request.into_inner();
         let id = required("volume_id", &request.volume_id)?;
-        let target = required_path("target_path", &request.target_path)?;
+        let target = absolute_path("target_path", &request.target_path)?;
         let access = Access::parse(request.volume_capability)?;
         if request.staging_target_path.is_empty() {
             return Err(Error::Precondition("staging_target_path is missing: the volume has to be staged first".into()).into());
         }
-        let staging = request.staging_target_path.into();
+        let staging = required_path("staging_target_path", &request.staging_target_path)?;
         let (named, read_only) = (id.clone(), request.readonly);
         self.node.exclusively(&named, |node| node.publish(id, staging, target, access, read_only)).await?;
         Ok(Response::new(NodePublishVolumeResponse {}))

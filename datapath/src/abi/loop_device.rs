@@ -60,11 +60,10 @@ const EMPTY: LoopInfo64 = LoopInfo64 {
     init: [0; 2],
 };
 
-/// An attached loop device.
-#[derive(Debug)]
+/// An attached loop device. Whatever touches it may wait for who serves its backing file: see `isolated`.
+#[derive(Clone, Debug)]
 pub(crate) struct LoopDevice {
     path: PathBuf,
-    file: File,
 }
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
@@ -90,7 +89,7 @@ pub(crate) fn attach(backing: &OwnedFd, name: &str) -> io::Result<LoopDevice> {
         let config = LoopConfig { fd: backing.as_raw_fd() as u32, block_size: 4096, info, reserved: [0; 8] };
         // SAFETY: `config` is a struct loop_config that lives through the call; the kernel only reads it.
         match check(unsafe { libc::ioctl(file.as_raw_fd(), LOOP_CONFIGURE, &raw const config) }) {
-            Ok(_) => return Ok(LoopDevice { path, file }),
+            Ok(_) => return Ok(LoopDevice { path }),
             // Somebody else took that number in between.
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
             Err(error) => return Err(error),
@@ -118,7 +117,7 @@ pub(crate) fn find(name: &str) -> io::Result<Vec<LoopDevice>> {
         let path = Path::new("/dev").join(entry.file_name());
         let Ok(file) = open(&path) else { continue };
         if name_of(&file).as_deref() == Some(name) {
-            found.push(LoopDevice { path, file });
+            found.push(LoopDevice { path });
         }
     }
     Ok(found)
@@ -132,8 +131,9 @@ impl LoopDevice {
 
     /// Reads the backing file's size again.
     pub(crate) fn refresh_size(&self) -> io::Result<()> {
+        let file = open(&self.path)?;
         // SAFETY: LOOP_SET_CAPACITY takes no argument.
-        check(unsafe { libc::ioctl(self.file.as_raw_fd(), LOOP_SET_CAPACITY, 0) }).map(drop)
+        check(unsafe { libc::ioctl(file.as_raw_fd(), LOOP_SET_CAPACITY, 0) }).map(drop)
     }
 
     /// Whether the kernel will send flushes.
@@ -145,8 +145,9 @@ impl LoopDevice {
 
     /// Detaches it. In use: the kernel does so when the last user is gone. Not attached any more: fine.
     pub(crate) fn detach(&self) -> io::Result<()> {
+        let file = open(&self.path)?;
         // SAFETY: LOOP_CLR_FD takes no argument.
-        match check(unsafe { libc::ioctl(self.file.as_raw_fd(), LOOP_CLR_FD, 0) }) {
+        match check(unsafe { libc::ioctl(file.as_raw_fd(), LOOP_CLR_FD, 0) }) {
             Err(error) if error.raw_os_error() != Some(libc::ENXIO) => Err(error),
             _ => Ok(()),
         }

@@ -216,3 +216,45 @@ async fn an_unreadable_object_is_named_and_left_alone() {
     driver.client.delete(&id).await.unwrap();
     driver.stop();
 }
+
+/// What was there is gone, or is something else: that is said, and nothing is formatted over it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_whose_file_system_is_gone_is_data_loss_and_not_formatted_again() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    let place = place(&lab, driver.client.create("v", 64 * MIB, Some("ext4")).await.unwrap().volume_id, Some("ext4"));
+    place.up(&driver.client).await.unwrap();
+    place.down(&driver.client).await.unwrap();
+    let copies = driver.copies(&place.id).await;
+    for copy in &copies {
+        run("wipefs", &["--all", "--quiet", text(copy)]);
+    }
+    for round in 0..2 {
+        let refused = place.up(&driver.client).await.unwrap_err();
+        says(&refused, Code::DataLoss, &["ext4", if round == 0 { "nothing" } else { "xfs" }]);
+        assert_eq!(driver.volume(&place.id).await.status.unwrap().device, None, "nothing is half-staged");
+        for copy in &copies {
+            run("mkfs.xfs", &["-q", "-f", "-m", "uuid=01234567-89ab-cdef-0123-456789abcdef", "-d", "size=300m,file", text(copy)]);
+            OpenOptions::new().write(true).open(copy).unwrap().set_len(64 * MIB).unwrap();
+        }
+    }
+    driver.stop();
+}
+
+/// Unmounted behind our back: a pod must not be given the bare directory.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_that_was_unmounted_by_hand_is_not_published_and_mounted_again_at_its_next_stage() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    let client = driver.client.clone();
+    let place = place(&lab, client.create("v", 64 * MIB, Some("ext4")).await.unwrap().volume_id, Some("ext4"));
+    client.stage(&place.id, &place.staging, Some("ext4")).await.unwrap();
+    run("umount", &[text(&place.staging)]);
+    let refused = client.publish(&place.id, &place.staging, &place.target, Some("ext4")).await.unwrap_err();
+    says(&refused, Code::FailedPrecondition, &["not mounted any more", "stage it again"]);
+    assert!(!place.target.exists());
+    place.up(&client).await.unwrap();
+    fs::write(place.target.join("f"), "x").unwrap();
+    place.down(&client).await.unwrap();
+    driver.stop();
+}

@@ -269,9 +269,20 @@ async fn a_stale_copy_alone_is_refused() {
     let refused = place.up(&driver.client).await.unwrap_err();
     assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
     assert!(refused.message().contains("stale") && refused.message().contains("bring the other leg's disk back"), "{refused}");
+    // By force: what only the other copy has is given up, and that is on record.
+    use lockstep_store::Store;
+    let mut object = driver.volume(&place.id).await;
+    let stale = object.status.as_ref().unwrap().legs.iter().find(|leg| leg.state == LegState::Out).unwrap().leg_id.clone();
+    object.metadata.annotations.get_or_insert_default().insert("lockstep.io/force-leg".into(), stale);
+    driver.store.update(object).await.unwrap();
+    place.up(&driver.client).await.unwrap();
+    assert!(!place.target.join("f").exists(), "it has what it missed");
+    fs::write(place.target.join("g"), "after the force").unwrap();
+    place.down(&driver.client).await.unwrap();
+    assert!(driver.volume(&place.id).await.metadata.annotations.is_none_or(|annotations| annotations.is_empty()));
     lab.plug_disk(survivor);
     until("staged again", || async { place.up(&driver.client).await.ok() }).await;
-    assert_eq!(fs::read_to_string(place.target.join("f")).unwrap(), "only on one");
+    assert_eq!(fs::read_to_string(place.target.join("g")).unwrap(), "after the force");
     until_ready_is(&driver, &place.id, "Healthy").await;
     place.down(&driver.client).await.unwrap();
     let copies = driver.copies(&place.id).await;
@@ -322,5 +333,95 @@ async fn the_claim_of_a_rejected_volume_is_given_back() {
     driver.store.update_status(object).await.unwrap();
     driver.start_node().await;
     until("given back", || async { driver.volume("v").await.metadata.finalizers.is_none_or(|names| names.is_empty()).then_some(()) }).await;
+    driver.stop();
+}
+
+/// A thread that waits for a device which its own process serves would keep the killed process, and its device, for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn csi_node_can_be_killed_at_any_moment_of_stage_and_unstage() {
+    let lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let place = volume(&lab, &driver, "any", 64 * MIB, Some("ext4")).await;
+    place.up(&driver.client).await.unwrap();
+    place.down(&driver.client).await.unwrap();
+    for round in 0..20u64 {
+        for up in [true, false] {
+            let (client, moved) = (driver.client.clone(), place.clone());
+            if !up {
+                place.up(&client).await.unwrap();
+                fs::write(place.target.join("f"), "dirty").unwrap();
+            }
+            let call = tokio::spawn(async move { if up { moved.up(&client).await } else { moved.down(&client).await } });
+            tokio::time::sleep(Duration::from_millis(round * 2)).await;
+            driver.kill_node();
+            drop(call.await);
+            driver.start_node().await;
+            place.down(&driver.client).await.unwrap_or_else(|error| panic!("round {round}, up {up}: {error}"));
+        }
+    }
+    assert!(lab.left_over().iter().all(|line| line.contains("/state/disks/")), "{:?}", lab.left_over());
+    driver.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn csi_node_ends_at_sigterm_with_a_volume_mounted_and_nothing_that_was_written_is_lost() {
+    let lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let place = volume(&lab, &driver, "term", 64 * MIB, Some("xfs")).await;
+    place.up(&driver.client).await.unwrap();
+    fs::write(place.target.join("f"), "written").unwrap();
+    run("sync", &["-f", text(&place.target)]);
+    driver.terminate_node();
+    driver.start_node().await;
+    place.down(&driver.client).await.unwrap();
+    place.up(&driver.client).await.unwrap();
+    assert_eq!(fs::read_to_string(place.target.join("f")).unwrap(), "written");
+    place.down(&driver.client).await.unwrap();
+    driver.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_grows_on_one_copy_and_the_other_follows_when_it_is_made_again() {
+    let mut lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    let place = volume(&lab, &driver, "grow", 300 * MIB, Some("xfs")).await;
+    place.up(&driver.client).await.unwrap();
+    let lost = disk_of_leg(&lab, &driver, &place.id, 0).await;
+    lab.fail_disk(lost);
+    fs::write(place.target.join("f"), "x").and_then(|()| fs::File::open(place.target.join("f"))?.sync_all()).unwrap();
+    until_ready_is(&driver, &place.id, "Degraded").await;
+    assert_eq!(driver.client.controller_expand(&place.id, 600 * MIB).await.unwrap(), 600 << 20);
+    assert_eq!(driver.client.node_expand(&place.id, &place.target, 600 * MIB).await.unwrap(), 600 << 20);
+    lab.add_disk(1500);
+    until_ready_is(&driver, &place.id, "Healthy").await;
+    run("dd", &["if=/dev/urandom", &format!("of={}", text(&place.target.join("big"))), "bs=1M", "count=400", "conv=fsync", "status=none"]);
+    place.down(&driver.client).await.unwrap();
+    let copies = driver.copies(&place.id).await;
+    assert_eq!(fs::metadata(&copies[0]).unwrap().len(), 600 * MIB);
+    assert!(identical(&copies[0], &copies[1]), "the copies differ");
+    driver.stop();
+}
+
+/// Somebody cut a copy off at its end: what is missing there is in no dirty region, so the copy is made anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_truncated_copy_is_made_anew_and_never_taken_for_zeroes() {
+    let lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let place = volume(&lab, &driver, "cut", 128 * MIB, None).await;
+    place.up(&driver.client).await.unwrap();
+    let of = format!("of={}", text(&place.target));
+    run("dd", &["if=/dev/urandom", &of, "bs=1M", "count=128", "oflag=direct", "status=none"]);
+    place.down(&driver.client).await.unwrap();
+    let copies = driver.copies(&place.id).await;
+    let sum = run("md5sum", &[text(&copies[1])]);
+    fs::OpenOptions::new().write(true).open(&copies[0]).unwrap().set_len(32 * MIB).unwrap();
+    place.up(&driver.client).await.unwrap();
+    until_ready_is(&driver, &place.id, "Healthy").await;
+    place.down(&driver.client).await.unwrap();
+    let copies = driver.copies(&place.id).await;
+    assert!(identical(&copies[0], &copies[1]), "the copies differ");
+    for copy in &copies {
+        assert_eq!(run("md5sum", &[text(copy)]).split(' ').next(), sum.split(' ').next(), "the data is not what it was");
+    }
     driver.stop();
 }

@@ -4,6 +4,7 @@
 use std::{
     fs,
     io::{Seek, SeekFrom, Write},
+    os::unix::fs::MetadataExt,
 };
 
 use lockstep_csi_tests::{
@@ -200,14 +201,24 @@ async fn a_thick_volume_on_full_disks_never_runs_out_of_space() {
     let more = client.create("more", 8 * MIB, None).await.unwrap_err();
     assert_eq!(more.code(), Code::ResourceExhausted, "{more}");
     place.up(&client).await.unwrap();
+    let free = || {
+        let said = run("stat", &["--file-system", "--format=%a %S", text(&place.target)]);
+        said.split_whitespace().map(|number| number.parse::<u64>().unwrap()).product::<u64>()
+    };
     let fill = || {
         // Until the file system on the volume is full; the volume itself must take every block.
         succeeds("dd", &["if=/dev/urandom", &format!("of={}", text(&place.target.join("fill"))), "bs=1M", "oflag=direct", "status=none"])
     };
     assert!(!fill(), "it is not full");
+    assert!(free() < 4 * MIB, "it took no more, and {} bytes are free", free());
     fs::remove_file(place.target.join("fill")).unwrap();
     run("fstrim", &[text(&place.target)]);
     assert!(!fill(), "it is not full");
+    assert!(free() < 4 * MIB, "it took no more, and {} bytes are free", free());
+    for copy in driver.copies(&place.id).await {
+        let meta = fs::metadata(copy).unwrap();
+        assert!(meta.blocks() * 512 >= meta.len(), "a copy lost its promised space: {meta:?}");
+    }
     let health = driver.volume(&place.id).await.status.unwrap();
     assert!(health.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.reason == "Healthy"), "{health:?}");
     run("sync", &["-f", text(&place.target)]);
