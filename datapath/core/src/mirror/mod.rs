@@ -332,6 +332,8 @@ impl Mirror {
             self.pump_pages(out);
             // A rebuild that became full and a growth whose pages are durable are taken up by the transition in the same round.
             self.pump_sync(out);
+            // A copy of a region that was clean wants its bit now: nothing else may happen on an idle volume.
+            self.pump_pages(out);
             self.pump_growing();
             self.pump_transition(out);
             self.pump_flush(out);

@@ -1,11 +1,12 @@
 //! Dirty bits, resync, rebuild (mirror rules 17 to 25).
 
 use lockstep_core::{
-    io::{LegOp, Request},
+    format::{self, REGION_BLOCKS},
+    io::{Fill, LegOp, Request},
     status::LegState,
-    units::{Errno, Slot},
+    units::{Errno, LegId, Slot},
 };
-use lockstep_sim::{Rng, World};
+use lockstep_sim::{BLOCKS, Rng, VOLUME, World};
 
 use crate::{in_flight_on, range, run_dry, warm, writes_in_flight};
 
@@ -328,4 +329,73 @@ fn rule_25_no_leg_comes_back_while_its_old_io_is_outstanding() {
     assert_eq!(world.answers[&attach], Ok(()));
     assert!(world.healthy());
     world.assert_identical();
+}
+
+/// An empty disk takes B's place, and is to be filled.
+fn replace_b(world: &mut World, leg: u8) {
+    let leg = LegId([leg; 16]);
+    let disk = &mut world.disks[1];
+    disk.dead = false;
+    disk.durable.clear();
+    disk.cache.clear();
+    let len = disk.meta.len();
+    disk.meta = format::spare_leg(VOLUME, leg, BLOCKS);
+    disk.meta.truncate(len);
+    world.command(Request::Attach { slot: Slot::B, leg, fill: Fill::Everything });
+}
+
+#[test]
+fn case_28_a_blank_disk_gets_what_was_ever_written_also_while_nothing_else_happens() {
+    let mut world = warm(1);
+    world.write(range(5000, 5010));
+    world.settle();
+    world.command(Request::Detach(Slot::B));
+    world.settle();
+    assert_eq!(world.mirror.status().dirty_regions, 0);
+    replace_b(&mut world, 77);
+    run_dry(&mut world);
+    assert!(world.healthy(), "{:?}", world.mirror.status());
+    assert_eq!(world.mirror.status().copied_blocks, 11);
+    world.assert_identical();
+}
+
+#[test]
+fn rule_23_a_checkpoint_only_says_what_is_copied_and_durable_and_of_this_leg() {
+    const REGIONS: u64 = 130;
+    for seed in 0..6 {
+        let mut world = warm(seed);
+        world.command(Request::Grow { blocks: REGIONS * REGION_BLOCKS });
+        run_dry(&mut world);
+        for region in 0..REGIONS {
+            world.write(range(region * REGION_BLOCKS + 5, region * REGION_BLOCKS + 15));
+        }
+        world.flush();
+        world.settle();
+        world.disks[1].dead = true;
+        world.write(range(0, 8));
+        world.settle();
+        replace_b(&mut world, 77);
+        let checkpoint = loop {
+            assert!(world.step(), "there was no checkpoint");
+            let superblock = format::superblock(&world.disks[0].meta).expect("one slot is whole").0;
+            if superblock.checkpoint > 0 {
+                break superblock.checkpoint;
+            }
+        };
+        for (block, token) in world.disks[0].durable.range(..checkpoint) {
+            assert_eq!(world.disks[1].durable.get(block), Some(token), "block {block} is below the checkpoint {checkpoint}");
+        }
+        if seed % 2 == 0 {
+            world.crash([true, true]).expect("A is IN");
+            world.settle();
+        } else {
+            world.disks[1].dead = true;
+            world.write(range(0, 8));
+            world.settle();
+            replace_b(&mut world, 78);
+            world.settle();
+        }
+        assert!(world.healthy());
+        world.assert_identical();
+    }
 }
