@@ -227,11 +227,13 @@ fn case_45_a_write_to_a_region_whose_clear_is_in_flight_waits_and_the_region_is_
 fn rebuilding(seed: u64) -> World {
     let mut world = warm(seed);
     world.write(range(0, 300));
+    run_dry(&mut world);
     world.flush();
     world.settle();
     world.disks[1].dead = true;
     world.write(range(100, 600));
     world.zero(range(200, 220));
+    run_dry(&mut world);
     world.flush();
     world.settle();
     world.bring_back(Slot::B);
