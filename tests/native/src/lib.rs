@@ -106,11 +106,19 @@ impl Rig {
         let image = self.dir.path().join(format!("disk{number}.img"));
         fs::File::create(&image).and_then(|file| file.set_len(megabytes << 20)).expect("an image");
         let device = run("losetup", &["--find", "--show", "--direct-io=on", text(&image)]).trim().to_owned();
+        // A run that was cut off may have left limits behind.
+        limit(Path::new(&device), 0, 0);
         run("mkfs.xfs", &["-q", "-K", &device]);
         let mount = self.dir.path().join(format!("mnt{number}"));
         fs::create_dir(&mount).expect("a mount point");
         run("mount", &[&device, text(&mount)]);
         self.disks.push(Disk { device: device.into(), mount });
+    }
+
+    /// Gives each disk a limit of its own, as real disks have: bytes and operations a second, reads and writes apart. `false`: this kernel
+    /// cannot.
+    pub fn limit_disks(&self, bytes: u64, operations: u64) -> bool {
+        self.disks.iter().all(|disk| limit(&disk.device, bytes, operations))
     }
 
     /// A disk.
@@ -163,8 +171,21 @@ impl Rig {
     }
 }
 
+/// Limits what a block device does in a second; 0: no limit. Takes the `blkio` controller of cgroup v1 and throttling.
+fn limit(device: &Path, bytes: u64, operations: u64) -> bool {
+    let name = device.file_name().expect("a device");
+    let number = fs::read_to_string(Path::new("/sys/block").join(name).join("dev")).expect("the device is there");
+    let kinds = [("read_bps", bytes), ("write_bps", bytes), ("read_iops", operations), ("write_iops", operations)];
+    kinds.iter().all(|(kind, limit)| {
+        let file = format!("/sys/fs/cgroup/blkio/blkio.throttle.{kind}_device");
+        Path::new(&file).exists() && fs::write(file, format!("{} {limit}", number.trim())).is_ok()
+    })
+}
+
 impl Drop for Rig {
     fn drop(&mut self) {
+        // A loop device keeps its limits for whoever has it next.
+        self.limit_disks(0, 0);
         tear_down(self.dir.path());
     }
 }

@@ -14,18 +14,27 @@ use comfy_table::{Table, presets::ASCII_MARKDOWN};
 use lockstep_native::{Rig, Server, run};
 
 const MIB: u64 = 512;
-/// Name, fio's options. `fresh` ones are first on legs that were never written.
-const WORKLOADS: [(&str, &[&str]); 8] = [
+/// Name, fio's options.
+type Workload = (&'static str, &'static [&'static str]);
+/// On legs that were never written.
+const FRESH: [Workload; 2] = [
     ("1 MiB seq write, fresh", &["--rw=write", "--bs=1M", "--iodepth=8", "--size=256M", "--io_size=256M"]),
     ("4k rand write QD32, fresh", &["--rw=randwrite", "--bs=4k", "--iodepth=32", "--offset=256M", "--size=256M", "--io_size=64M"]),
+];
+/// Writes the rest, so that what follows overwrites.
+const FILL: &[&str] = &["--rw=write", "--bs=1M", "--iodepth=4"];
+const OVERWRITTEN: [Workload; 7] = [
     ("4k rand write QD1", &["--rw=randwrite", "--bs=4k", "--iodepth=1", "--time_based"]),
     ("4k rand write QD32", &["--rw=randwrite", "--bs=4k", "--iodepth=32", "--time_based"]),
     ("4k rand read QD1", &["--rw=randread", "--bs=4k", "--iodepth=1", "--time_based"]),
     ("4k rand read QD32", &["--rw=randread", "--bs=4k", "--iodepth=32", "--time_based"]),
     ("1 MiB seq write", &["--rw=write", "--bs=1M", "--iodepth=8", "--time_based"]),
     ("1 MiB seq read", &["--rw=read", "--bs=1M", "--iodepth=8", "--time_based"]),
+    ("4k write + fsync", &["--rw=randwrite", "--bs=4k", "--iodepth=1", "--fsync=1", "--time_based"]),
 ];
-const SYNCED: (&str, &[&str]) = ("4k write + fsync", &["--rw=randwrite", "--bs=4k", "--iodepth=1", "--fsync=1", "--time_based"]);
+/// What each disk of the second table can do in a second: bytes and operations, reads and writes apart.
+const LIMITS: (u64, u64) = (500 << 20, 50_000);
+const LIMITED: [Workload; 4] = [OVERWRITTEN[1], OVERWRITTEN[3], OVERWRITTEN[4], OVERWRITTEN[5]];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Contender {
@@ -78,7 +87,9 @@ fn start(contender: Contender, rig: &Rig, id: u8) -> (Running, String) {
             std::fs::write(&mount, "").expect("a mount point");
             let file =
                 |node: &str, data: &Path| format!("driver=file,node-name={node},filename={},cache.direct=on,aio=io_uring", data.display());
-            let mut child = Command::new("qemu-storage-daemon")
+            // It ends when we do, however that is.
+            let mut child = Command::new("setpriv")
+                .args(["--pdeathsig", "TERM", "qemu-storage-daemon"])
                 .args(["--blockdev", &file("a", &data), "--blockdev", &file("b", &spec.legs[1].dir.join("data"))])
                 .args(["--blockdev", "driver=quorum,node-name=q,vote-threshold=1,read-pattern=fifo,children.0=a,children.1=b"])
                 .args(["--export", &format!("type=fuse,id=e,node-name=q,mountpoint={},writable=on", mount.display())])
@@ -154,36 +165,61 @@ fn memory() -> (u64, u64) {
     (fifty.saturating_sub(none) / u64::from(IDLE), busy.saturating_sub(one))
 }
 
-fn main() {
-    let mut args = std::env::args().skip(1);
-    let rounds: u8 = args.next().map_or(3, |n| n.parse().expect("ROUNDS is a number"));
-    let seconds = args.next().unwrap_or("3".into());
-    let workloads: Vec<_> = WORKLOADS.into_iter().chain([SYNCED]).collect();
-    let mut results: BTreeMap<(usize, Contender), Vec<f64>> = BTreeMap::new();
-    let progress = indicatif::ProgressBar::new(u64::from(rounds) * Contender::ALL.len() as u64 * workloads.len() as u64);
-    progress.set_style(indicatif::ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} (eta {eta})").expect("a template"));
-    for round in 0..rounds {
-        for turn in 0..Contender::ALL.len() {
-            // Who is first changes from round to round.
-            let contender = Contender::ALL[(turn + usize::from(round)) % Contender::ALL.len()];
-            let rig = Rig::new(2, 800);
-            let (running, target) = start(contender, &rig, 1);
-            for (index, (name, options)) in workloads.iter().enumerate() {
+/// By row: what each contender did in each round.
+type Results = BTreeMap<usize, Vec<[f64; Contender::ALL.len()]>>;
+
+/// All contenders are up at once, each on disks of its own, and take turns at each workload, so that a machine that is busy with something
+/// else is so for all of them.
+fn round(number: usize, results: &mut Results, limited: &mut Results, seconds: &str, progress: &indicatif::ProgressBar) {
+    let up = Contender::ALL.map(|contender| {
+        let rig = Rig::new(2, 800);
+        let (running, target) = start(contender, &rig, 1);
+        (contender, rig, running, target)
+    });
+    let take_turns = |results: &mut Results, first: usize, workloads: &[Workload]| {
+        for (index, (name, options)) in workloads.iter().enumerate() {
+            let mut figures = [0.0; Contender::ALL.len()];
+            for turn in 0..up.len() {
+                // Who is first changes from round to round.
+                let (contender, _, _, target) = &up[(turn + number) % up.len()];
                 progress.set_message(format!("{}: {name}", contender.name()));
-                results.entry((index, contender)).or_default().push(fio(&target, options, &seconds));
+                figures[*contender as usize] = fio(target, options, seconds);
                 progress.inc(1);
             }
-            stop(running);
+            results.entry(first + index).or_default().push(figures);
+        }
+    };
+    take_turns(results, 0, &FRESH);
+    for (.., target) in &up {
+        fio(target, FILL, "60");
+    }
+    take_turns(results, FRESH.len(), &OVERWRITTEN);
+    if up.iter().all(|(_, rig, ..)| rig.limit_disks(LIMITS.0, LIMITS.1)) {
+        take_turns(limited, 0, &LIMITED);
+        for (_, rig, ..) in &up {
+            rig.limit_disks(0, 0);
         }
     }
-    progress.finish_and_clear();
+    for (_, _rig, running, _) in up {
+        stop(running);
+    }
+}
+
+fn table(workloads: &[Workload], results: &Results) -> Table {
     let mut table = Table::new();
     table.load_style(ASCII_MARKDOWN);
     table.set_header(["", "Lockstep / qemu", "Lockstep / loop", "Lockstep", "qemu quorum", "loop on one leg", "one leg's file"]);
     for (index, (name, _)) in workloads.iter().enumerate() {
-        let of = |contender| median(&results[&(index, contender)]);
-        let cell = |contender| format!("{:.0} ±{:.0}%", of(contender).0, of(contender).1);
-        let ratio = |contender| format!("{:.2}", of(Contender::Lockstep).0 / of(contender).0);
+        let rounds = &results[&index];
+        let of = |figure: &dyn Fn(&[f64; 4]) -> f64| median(&rounds.iter().map(figure).collect::<Vec<f64>>());
+        let cell = |contender: Contender| {
+            let (median, spread) = of(&|round| round[contender as usize]);
+            format!("{median:.0} ±{spread:.0}%")
+        };
+        let ratio = |contender: Contender| {
+            let (median, spread) = of(&|round| round[Contender::Lockstep as usize] / round[contender as usize]);
+            format!("{median:.2} ±{spread:.0}%")
+        };
         table.add_row([
             (*name).to_owned(),
             ratio(Contender::Qemu),
@@ -194,10 +230,37 @@ fn main() {
             cell(Contender::File),
         ]);
     }
-    println!("Operations a second, median of {rounds} rounds ± half the spread; {seconds} s each, 2 disks, {MIB} MiB\n{table}");
+    table
+}
+
+fn main() {
+    let mut args = std::env::args().skip(1);
+    let rounds: usize = args.next().map_or(5, |n| n.parse().expect("ROUNDS is a number"));
+    let seconds = args.next().unwrap_or("1".into());
+    let qemu = run("qemu-storage-daemon", &["--version"]);
+    let cpus = std::thread::available_parallelism().map_or(0, usize::from);
+    println!("{}{}, {cpus} CPUs, {}", run("date", &["--utc"]), run("uname", &["-sr"]).trim(), qemu.lines().next().unwrap_or_default());
+    let workloads = [FRESH.as_slice(), &OVERWRITTEN].concat();
+    let (mut results, mut limited) = (Results::new(), Results::new());
+    let runs = rounds * Contender::ALL.len() * (workloads.len() + LIMITED.len());
+    let progress = indicatif::ProgressBar::new(runs as u64);
+    progress.set_style(indicatif::ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} (eta {eta})").expect("a template"));
+    for number in 0..rounds {
+        round(number, &mut results, &mut limited, &seconds, &progress);
+    }
+    progress.finish_and_clear();
+    let how = format!("median of {rounds} rounds ± half the spread, {seconds} s each");
+    println!("\nOperations a second, {how}; {MIB} MiB on 2 disks\n{}", table(&workloads, &results));
+    let (bytes, operations) = LIMITS;
+    let limits = format!("each disk limited to {} MiB/s and {operations} operations/s, reads and writes apart", bytes >> 20);
+    if limited.is_empty() {
+        println!("\nSKIPPED: {limits}: this kernel has no blkio throttling");
+    } else {
+        println!("\nThe same, {limits}\n{}", table(&LIMITED, &limited));
+    }
     let (idle, busy) = memory();
     println!(
-        "Memory: {:.2} MiB an idle volume ((Pss with 50 - with none) / 50), {:.1} MiB more for a busy one",
+        "\nMemory: {:.2} MiB an idle volume ((Pss with 50 - with none) / 50), {:.1} MiB more for a busy one",
         idle as f64 / 1024.0,
         busy as f64 / 1024.0
     );
