@@ -78,8 +78,12 @@ impl Arena {
         }
         let first = mapping.cast::<u8>();
         let base = first.wrapping_add(first.align_offset(HUGE_PAGE));
-        // SAFETY: the mapping has room for `layout.size()` bytes from any place in its first huge page; this is advice only, and may fail.
-        unsafe { libc::madvise(base.cast(), layout.size(), libc::MADV_HUGEPAGE) };
+        // SAFETY: the mapping has room for `layout.size()` bytes from any place in its first huge page; this is advice only, and may fail. A
+        // child has no use for it, and would be given a copy of what is registered with a ring.
+        unsafe {
+            libc::madvise(base.cast(), layout.size(), libc::MADV_HUGEPAGE);
+            libc::madvise(base.cast(), layout.size(), libc::MADV_DONTFORK);
+        }
         let base = NonNull::new(base).expect("a mapping is not at 0");
         Self { base, len: layout.size(), mapping: (mapping, layout.size() + HUGE_PAGE) }
     }
