@@ -86,7 +86,7 @@ async fn objects_from_before_a_volume_was_allocated_do_not_cost_it_its_data() {
     fs::remove_file(lab.path(&format!("driver/state/witness/{uid}"))).unwrap();
     set_status(&driver, &place.id, |status| *status = MirrorVolumeStatus::default()).await;
     until("a word about it", || async {
-        fs::read_to_string(driver.node_log()).unwrap().contains("holds data of this volume").then_some(())
+        fs::read_to_string(driver.node_log()).unwrap().contains("that holds data").then_some(())
     })
     .await;
     assert_eq!(place.up(&driver.client).await.unwrap_err().code(), Code::FailedPrecondition);
