@@ -6,6 +6,7 @@
 //!     |                 | old, and its node silent        |
 //!     '-----------------'---------------------------------'   withdrawn, with a precondition; this node is not tried again
 //! ```
+//! A node that is silent is not tried at all while another one is not.
 //! The whole picture is in the object, so a repeated call goes on where the last one was.
 
 use std::collections::BTreeMap;
@@ -20,6 +21,7 @@ use lockstep_store::{Error as StoreError, Store};
 
 use crate::{
     Controller, Error, SILENT, UNCLAIMED,
+    nodes::Nodes,
     volume::{age, answer, being_deleted, claimed, phase, since, status},
     wait::{Deadline, Over},
     wanted::Wanted,
@@ -69,10 +71,12 @@ impl<S: Store> Controller<S> {
         }
     }
 
-    /// The next node to try. Nodes without room are not even asked.
+    /// The next node to try. Nodes without room are not even asked. Nor are silent ones while another node is not: what a call learnt of
+    /// them is forgotten with it, so two of them could pass a volume to and fro for ever. If all are silent, one may come back: that is
+    /// waited for.
     async fn place(&self, wanted: &Wanted, refused: &BTreeMap<String, String>) -> Result<String, Error> {
         let nodes = self.nodes().await?;
-        let mut refusals = Vec::new();
+        let (mut refusals, mut first_silent) = (Vec::new(), None);
         for node in wanted.placement.order(&nodes) {
             let why = match (refused.get(&node), nodes.get(&node)) {
                 (Some(why), _) => why.clone(),
@@ -81,9 +85,20 @@ impl<S: Store> Controller<S> {
                 (None, Some(room)) if room.maximum_volume_bytes < wanted.bytes => {
                     format!("the largest volume that fits on two of its disks is {} bytes", room.maximum_volume_bytes)
                 }
-                (None, Some(_)) => return Ok(node),
+                (None, Some(_)) => match self.silence_or_damage(&node).await? {
+                    None => return Ok(node),
+                    Some(why) => {
+                        first_silent.get_or_insert_with(|| node.clone());
+                        why
+                    }
+                },
             };
             refusals.push(format!("{node}: {why}"));
+        }
+        if let Some(node) = first_silent
+            && !self.any_speaks(&nodes).await?
+        {
+            return Ok(node);
         }
         Err(Error::NoRoom { bytes: wanted.bytes, refusals: refusals.join("; ") })
     }
@@ -109,9 +124,11 @@ impl<S: Store> Controller<S> {
                 }
                 VolumePhase::Rejected | VolumePhase::Allocating => {}
             }
-            if !claimed(&volume) && age(&volume) >= UNCLAIMED && self.silent(&volume.spec.node).await? {
-                let why =
-                    format!("it did not answer for {} s and its Lease was not renewed for {} s", UNCLAIMED.as_secs(), SILENT.as_secs());
+            if !claimed(&volume)
+                && age(&volume) >= UNCLAIMED
+                && let Some(silence) = self.silence(&volume.spec.node).await?
+            {
+                let why = format!("it did not answer for {} s and {silence}", UNCLAIMED.as_secs());
                 return Ok(Settled::Refused { volume, why });
             }
             deadline.change(&mut changes, &self.ending).await.map_err(|over| match over {
@@ -121,11 +138,38 @@ impl<S: Store> Controller<S> {
         }
     }
 
-    /// Whether the node does not renew its Lease, or has none.
-    async fn silent(&self, node: &str) -> Result<bool, Error> {
+    /// Why a node counts as silent; `None`: it renews its Lease.
+    async fn silence(&self, node: &str) -> Result<Option<String>, Error> {
+        if !lockstep_store::is_name(node) {
+            return Ok(Some("no node can have this name".into()));
+        }
         let lease: Option<Lease> = self.store.get(node).await?;
         let renewed = lease.and_then(|lease| lease.spec?.renew_time);
-        Ok(renewed.is_none_or(|renewed| since(renewed.0) > SILENT))
+        Ok(match renewed {
+            None => Some("it has no Lease (does csi-node run there?)".into()),
+            Some(renewed) if since(renewed.0) > SILENT => {
+                Some(format!("its Lease was not renewed for {} s (does csi-node run there?)", since(renewed.0).as_secs()))
+            }
+            Some(_) => None,
+        })
+    }
+
+    /// For placement: a Lease that cannot be read keeps a volume from its node, and not from the others.
+    async fn silence_or_damage(&self, node: &str) -> Result<Option<String>, Error> {
+        match self.silence(node).await {
+            Err(Error::Store(error @ StoreError::Unreadable { .. })) => Ok(Some(error.to_string())),
+            known => known,
+        }
+    }
+
+    /// Whether any node with disks is not silent.
+    async fn any_speaks(&self, nodes: &Nodes) -> Result<bool, Error> {
+        for node in nodes.by_room() {
+            if self.silence_or_damage(&node).await?.is_none() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 }
 

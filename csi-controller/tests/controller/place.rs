@@ -122,6 +122,78 @@ async fn a_volume_that_a_silent_node_never_claimed_goes_to_the_next_one() {
     assert_eq!(rig.volumes().await, [""; 0]);
 }
 
+/// Nodes `dead` and `gone`, with room and silent.
+async fn two_silent_nodes() -> Rig {
+    let rig = Rig::new();
+    for node in ["dead", "gone"] {
+        rig.disks(node, &[8, 8]).await;
+    }
+    rig.lease("dead", 600).await;
+    rig
+}
+
+const ALL: [&str; 3] = ["dead", "gone", "good"];
+
+#[tokio::test]
+async fn two_silent_nodes_do_not_pass_a_volume_to_and_fro_while_a_third_one_is_there() {
+    let rig = two_silent_nodes().await;
+    let call = |name: &'static str, milliseconds| rig.controller.create_volume(within(milliseconds, on(name, &ALL, &["dead", "gone"])));
+    contains(&refused(call("v", BRIEF).await, Code::DeadlineExceeded), &["node dead", "not claimed"]);
+    rig.age("v");
+    contains(&refused(call("v", BRIEF).await, Code::DeadlineExceeded), &["node gone", "not claimed"]);
+    rig.node_with_disks("good", TAKES).await;
+    rig.lease("good", 15).await;
+    rig.age("v");
+    for name in ["v", "w", "x"] {
+        let volume = call(name, PATIENT).await.unwrap().into_inner().volume.unwrap();
+        assert_eq!(volume.accessible_topology, [topology("good")], "{name}");
+    }
+}
+
+#[tokio::test]
+async fn when_the_only_node_that_speaks_rejects_a_volume_the_silent_ones_are_not_waited_for() {
+    let rig = two_silent_nodes().await;
+    rig.node_with_disks("good", Plays::Rejects("slack is used up")).await;
+    rig.lease("good", 15).await;
+    for _ in 0..2 {
+        let message = refused(rig.create(on("v", &ALL, &["dead"])).await, Code::ResourceExhausted);
+        contains(&message, &["dead: its Lease was not renewed for 60", "gone: it has no Lease", "good: slack is used up"]);
+        assert_eq!(rig.volumes().await, [""; 0]);
+    }
+    let message = refused(rig.create(on("v", &["dead"], &[])).await, Code::ResourceExhausted);
+    contains(&message, &["dead: its Lease was not renewed"]);
+}
+
+#[tokio::test]
+async fn when_every_node_is_silent_one_that_comes_back_gets_the_volume() {
+    let rig = two_silent_nodes().await;
+    let call = |milliseconds| rig.controller.create_volume(within(milliseconds, on("v", &ALL, &["dead"])));
+    refused(call(BRIEF).await, Code::DeadlineExceeded);
+    rig.node("dead", TAKES);
+    assert_eq!(call(PATIENT).await.unwrap().into_inner().volume.unwrap().accessible_topology, [topology("dead")]);
+}
+
+#[tokio::test]
+async fn a_lease_that_cannot_be_read_keeps_a_volume_from_its_node_only() {
+    let rig = two_silent_nodes().await;
+    rig.damage("leases", "gone");
+    rig.node_with_disks("good", Plays::Rejects("no")).await;
+    rig.lease("good", 0).await;
+    let message = refused(rig.create(on("v", &ALL, &["gone"])).await, Code::ResourceExhausted);
+    contains(&message, &["gone: ", "gone.yaml", "good: no"]);
+}
+
+#[tokio::test]
+async fn a_node_whose_name_no_object_can_have_is_silent() {
+    let rig = Rig::new();
+    rig.disks("dead", &[8, 8]).await;
+    refused(rig.controller.create_volume(within(50, wanted("v"))).await, Code::DeadlineExceeded);
+    rig.replace("v", |text, _| text.replace("node: dead", "node: Not/A:Name"));
+    rig.age("v");
+    rig.node("dead", TAKES);
+    assert_eq!(rig.create(wanted("v")).await.unwrap().accessible_topology, [topology("dead")]);
+}
+
 #[tokio::test]
 async fn a_volume_of_a_node_that_renews_its_lease_is_not_withdrawn() {
     let rig = left_over().await;
