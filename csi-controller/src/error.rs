@@ -166,9 +166,10 @@ impl Error {
                 lockstep_store::Error::Conflict { .. }
                 | lockstep_store::Error::AlreadyExists { .. }
                 | lockstep_store::Error::NotFound { .. } => Code::Aborted,
-                lockstep_store::Error::Name { .. } => Code::NotFound,
-                lockstep_store::Error::Unreadable { .. } => Code::FailedPrecondition,
-                lockstep_store::Error::Io { .. } => Code::Unavailable,
+                // What cannot be read may exist: nothing that is final. A name that no object can have was some object's word for another.
+                lockstep_store::Error::Unreadable { .. } | lockstep_store::Error::Name { .. } | lockstep_store::Error::Io { .. } => {
+                    Code::Unavailable
+                }
             },
         }
     }
@@ -177,5 +178,28 @@ impl Error {
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         Status::new(error.code(), error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lockstep_store::Error as StoreError;
+
+    use super::*;
+
+    #[test]
+    fn nothing_that_the_store_says_is_final() {
+        let (kind, name) = (|| "MirrorVolume".to_owned(), || "v".to_owned());
+        for error in [
+            StoreError::NotFound { kind: kind(), name: name() },
+            StoreError::AlreadyExists { kind: kind(), name: name() },
+            StoreError::Conflict { kind: kind(), name: name() },
+            StoreError::Name { name: "Not/A:Name".into() },
+            StoreError::Unreadable { path: "v.yaml".into(), reason: "no YAML".into() },
+            StoreError::Io { what: "reading v.yaml".into(), source: std::io::ErrorKind::PermissionDenied.into() },
+        ] {
+            let status = Status::from(Error::from(error));
+            assert!(matches!(status.code(), Code::Aborted | Code::Unavailable), "{status}");
+        }
     }
 }

@@ -76,7 +76,11 @@ impl<S: Store> Controller<S> {
     /// A disk that is away does not count: a leg that comes back is made longer then.
     async fn check_room(&self, id: &VolumeId, volume: &MirrorVolume, wanted: u64, present: u64) -> Result<(), Error> {
         for leg in status(volume).legs {
-            let disk: Option<LocalDisk> = self.store.get(&leg.disk).await?;
+            let disk: Option<LocalDisk> = match self.store.get(&leg.disk).await {
+                // What no object can be called is no disk that is there.
+                Err(StoreError::Name { .. }) => None,
+                found => found?,
+            };
             let (more, free) = (wanted - present, disk.as_ref().and_then(nodes::free));
             if let Some(free) = free.filter(|free| *free < more) {
                 let why = format!("disk {} has {free} bytes free, and {more} are needed", leg.disk);

@@ -16,7 +16,8 @@
 //!   gone. While something may exist, the answer is one that is repeated (ABORTED, DEADLINE_EXCEEDED, UNAVAILABLE).
 //! - An object that its node claimed (finalizer) is the node's: it is only marked as deleted. One that nobody claimed is withdrawn
 //!   after `UNCLAIMED`, if the node's Lease is stale too: by the object's age, not by one call's patience.
-//! - Space is promised only where it is known: an object file that cannot be read is an error, not an absent disk.
+//! - Space is promised only where it is known: an object file that cannot be read is an error, not an absent disk. It is UNAVAILABLE, with
+//!   its path and the remedy: what it stands for may exist.
 //!
 //! Vocabulary: a volume is *claimed* once its node's finalizer is on it, and *ready* once both legs are there. A call on a volume keeps
 //! others on it out (*busy*), in this process; between replicas the objects' preconditions do.

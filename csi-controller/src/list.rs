@@ -10,7 +10,7 @@ use lockstep_proto::{
     objects::{MirrorVolume, VolumePhase},
     parameters,
 };
-use lockstep_store::{Listing, Store};
+use lockstep_store::{Error as StoreError, Listing, Store};
 
 use crate::{
     Controller, Error,
@@ -25,7 +25,11 @@ const TOKEN: &str = "after/";
 impl<S: Store> Controller<S> {
     /// A volume that is there, perhaps on its way out.
     async fn existing(&self, id: &VolumeId) -> Result<MirrorVolume, Error> {
-        let found: Option<MirrorVolume> = self.store.get(id.as_str()).await?;
+        let found: Option<MirrorVolume> = match self.store.get(id.as_str()).await {
+            // What cannot be a name names nothing.
+            Err(StoreError::Name { .. }) => None,
+            found => found?,
+        };
         let volume = found.ok_or_else(|| Error::NotFound { id: id.clone() })?;
         match phase(&volume) {
             VolumePhase::Ready => Ok(volume),

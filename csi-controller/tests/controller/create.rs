@@ -246,9 +246,9 @@ async fn an_object_that_cannot_be_read_is_named_and_not_taken_for_absent() {
     let rig = Rig::new();
     rig.node_with_disks("a", TAKES).await;
     rig.damage("mirrorvolumes", "v");
-    contains(&refused(rig.create(wanted("v")).await, Code::FailedPrecondition), &["v.yaml", "Repair it"]);
+    contains(&refused(rig.create(wanted("v")).await, Code::Unavailable), &["v.yaml", "Repair it"]);
     let deleted = rig.controller.delete_volume(within(100, crate::rig::delete("v"))).await;
-    contains(&refused(deleted, Code::FailedPrecondition), &["v.yaml"]);
+    contains(&refused(deleted, Code::Unavailable), &["v.yaml"]);
     rig.create(wanted("w")).await.unwrap();
 }
 

@@ -156,3 +156,11 @@ async fn a_call_that_is_dropped_at_any_point_and_repeated_grows_the_volume_or_ta
         }
     }
 }
+
+#[tokio::test]
+async fn a_leg_on_what_cannot_be_a_disk_is_like_one_whose_disk_is_away() {
+    let rig = Rig::new();
+    rig.existing("v", "a", GIB, |status| status.legs[0].disk = "Not/A:Disk".into()).await;
+    rig.node("a", TAKES);
+    assert_eq!(rig.expand(grow("v", 2 * GIB)).await.unwrap(), 2 * GIB);
+}

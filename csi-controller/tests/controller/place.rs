@@ -89,7 +89,7 @@ async fn a_disk_that_cannot_be_read_stops_placement_and_not_what_exists() {
     rig.node_with_disks("a", TAKES).await;
     rig.create(wanted("v")).await.unwrap();
     rig.damage("localdisks", "b-0");
-    contains(&refused(rig.create(wanted("w")).await, Code::FailedPrecondition), &["b-0.yaml", "Repair it"]);
+    contains(&refused(rig.create(wanted("w")).await, Code::Unavailable), &["b-0.yaml", "Repair it"]);
     rig.create(wanted("v")).await.unwrap();
     assert_eq!(rig.store.list::<LocalDisk>().await.unwrap().unreadable.len(), 1);
 }
