@@ -104,7 +104,9 @@ fn read<K: Object>(path: &Path) -> Result<Option<(K, Value)>, Error> {
     let text = match fs::read_to_string(path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(unreadable(error.to_string())),
+        // Not UTF-8. All else may pass (no file handle, an I/O error), and no repair of the file would help.
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => return Err(unreadable(error.to_string())),
+        Err(source) => return Err(failed("reading", path, source)),
     };
     let value: Value = serde_saphyr::from_str(&text).map_err(|error| unreadable(error.to_string()))?;
     let object: K = serde_json::from_value(value.clone()).map_err(|error| unreadable(error.to_string()))?;
@@ -223,7 +225,8 @@ impl Store for Directory {
                     Ok(Some((object, _))) => listing.objects.push(object),
                     // It was deleted in between.
                     Ok(None) => {}
-                    Err(error) => listing.unreadable.push(error),
+                    Err(error @ Error::Unreadable { .. }) => listing.unreadable.push(error),
+                    Err(error) => return Err(error),
                 }
             }
             Ok(listing)

@@ -64,6 +64,30 @@ async fn an_unreadable_file_is_named_and_never_overwritten() {
 }
 
 #[tokio::test]
+async fn only_what_is_in_a_file_makes_it_unreadable() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Directory::open(dir.path()).unwrap();
+    store.create(note("good")).await.unwrap();
+    let path = dir.path().join("notes/n.yaml");
+    let other = fs::read_to_string(dir.path().join("notes/good.yaml")).unwrap();
+    for content in [&b"\xff\xfe"[..], b"spec: [unclosed", b"spec: {text: 1}", b"", other.as_bytes()] {
+        fs::write(&path, content).unwrap();
+        assert!(matches!(store.get::<Note>("n").await, Err(Error::Unreadable { .. })), "{content:?}");
+        assert_eq!(store.list::<Note>().await.unwrap().unreadable.len(), 1);
+    }
+    fs::remove_file(&path).unwrap();
+    // What the system says of a file is not about its content.
+    std::os::unix::fs::symlink(&path, &path).unwrap();
+    assert!(matches!(store.get::<Note>("n").await, Err(Error::Io { .. })));
+    assert!(matches!(store.create(note("n")).await, Err(Error::Io { .. })));
+    assert!(matches!(store.list::<Note>().await, Err(Error::Io { .. })));
+    fs::remove_file(&path).unwrap();
+    fs::create_dir(&path).unwrap();
+    assert!(matches!(store.delete::<Note>("n", None).await, Err(Error::Io { .. })));
+    assert!(matches!(store.list::<Note>().await, Err(Error::Io { .. })));
+}
+
+#[tokio::test]
 async fn fields_that_this_version_does_not_know_are_kept() {
     let dir = tempfile::tempdir().unwrap();
     let store = Directory::open(dir.path()).unwrap();
