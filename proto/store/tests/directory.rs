@@ -87,6 +87,44 @@ async fn only_what_is_in_a_file_makes_it_unreadable() {
     assert!(matches!(store.list::<Note>().await, Err(Error::Io { .. })));
 }
 
+/// What each operation says of a directory that is not there.
+async fn all_fail(store: &Directory, stored: &Note) {
+    let io = |error: &Error| assert!(matches!(error, Error::Io { .. }), "{error}");
+    io(&store.get::<Note>("n").await.unwrap_err());
+    io(&store.list::<Note>().await.unwrap_err());
+    io(&store.delete::<Note>("n", None).await.unwrap_err());
+    io(&store.delete("n", Some(stored)).await.unwrap_err());
+    io(&store.create(note("m")).await.unwrap_err());
+    io(&store.update(stored.clone()).await.unwrap_err());
+    io(&store.update_status(stored.clone()).await.unwrap_err());
+    io(&store.changes::<Note>().await.err().unwrap());
+}
+
+#[tokio::test]
+async fn a_directory_that_is_moved_away_is_not_taken_for_an_empty_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, away) = (dir.path().join("made/on/the/way"), dir.path().join("away"));
+    let store = Directory::open(&path).unwrap();
+    assert!(store.get::<Note>("n").await.unwrap().is_none());
+    assert!(store.list::<Note>().await.unwrap().objects.is_empty());
+    let stored = store.create(note("n")).await.unwrap();
+    fs::rename(&path, &away).unwrap();
+    all_fail(&store, &stored).await;
+    assert!(!path.exists(), "it is not made again");
+    fs::create_dir(&path).unwrap();
+    all_fail(&store, &stored).await;
+    assert_eq!(fs::read_dir(&path).unwrap().count(), 0, "nothing is made in what is in its place");
+    // Another directory of objects, as one that was made before a file system was mounted over it.
+    let other = Directory::open(&path).unwrap();
+    all_fail(&store, &stored).await;
+    let twin = other.create(note("n")).await.unwrap();
+    all_fail(&store, &twin).await;
+    fs::remove_dir_all(&path).unwrap();
+    fs::rename(&away, &path).unwrap();
+    store.delete("n", Some(&stored)).await.unwrap();
+    assert!(store.get::<Note>("n").await.unwrap().is_none());
+}
+
 #[tokio::test]
 async fn fields_that_this_version_does_not_know_are_kept() {
     let dir = tempfile::tempdir().unwrap();

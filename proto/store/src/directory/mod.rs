@@ -1,10 +1,12 @@
 //! Objects as YAML files: `<root>/<plural>/<name>.yaml`.
 //!
-//! One lock file for the whole directory serializes writers, of all processes. A file is replaced by rename after an fsync, so that a
+//! A lock file serializes writers, of all processes, and tells whether the directory is the one that was opened (`root`). A file is replaced by rename after an fsync, so that a
 //! reader sees the old one or the new one, also after a power cut. Fields that this version does not know are kept.
 
+mod root;
+
 use std::{
-    fs::{self, File},
+    fs,
     io::{self, Write},
     path::{Path, PathBuf},
     time::Duration,
@@ -12,10 +14,10 @@ use std::{
 
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use notify::{RecursiveMode, Watcher};
-use rustix::fs::{FlockOperation, flock};
 use serde_json::{Map, Value};
 use tokio::sync::watch;
 
+use self::root::Root;
 use crate::{Changes, Error, Listing, Object, Store, is_name};
 
 /// Changes that inotify did not tell of are seen after this.
@@ -24,32 +26,24 @@ const RELIST: Duration = Duration::from_secs(10);
 /// A directory of objects.
 #[derive(Clone, Debug)]
 pub struct Directory {
-    root: PathBuf,
+    root: Root,
 }
 
 impl Directory {
-    /// Opens it; makes it if it is not there.
+    /// Opens it; makes it if it is not there. If it is not there later on, or another one is in its place, that is an error of each call.
     ///
     /// # Errors
     /// `Error::Io`.
     pub fn open(root: impl Into<PathBuf>) -> Result<Self, Error> {
-        let root = root.into();
-        fs::create_dir_all(&root).map_err(|source| failed("creating", &root, source))?;
-        Ok(Self { root })
+        Ok(Self { root: Root::open(root.into())? })
     }
 
-    fn kind_dir<K: Object>(&self) -> Result<PathBuf, Error> {
-        let dir = self.root.join(&*K::plural(&()));
-        fs::create_dir_all(&dir).map_err(|source| failed("creating", &dir, source))?;
-        Ok(dir)
+    fn kind_dir<K: Object>(&self) -> PathBuf {
+        self.root.kind(&K::plural(&()))
     }
 
-    /// Held until dropped.
-    fn lock(&self) -> Result<File, Error> {
-        let path = self.root.join(".lock");
-        let lock = File::options().create(true).append(true).open(&path).map_err(|source| failed("opening", &path, source))?;
-        flock(&lock, FlockOperation::LockExclusive).map_err(|errno| failed("locking", &path, errno.into()))?;
-        Ok(lock)
+    fn path<K: Object>(&self, name: &str) -> PathBuf {
+        self.kind_dir::<K>().join(format!("{name}.yaml"))
     }
 
     /// Changes one object under the lock. `change` gets the stored object and says what is to be stored; `None`: nothing is left.
@@ -61,20 +55,25 @@ impl Directory {
         let store = self.clone();
         blocking(move || {
             check_name(&name)?;
-            let path = store.kind_dir::<K>()?.join(format!("{name}.yaml"));
-            let _lock = store.lock()?;
+            let path = store.path::<K>(&name);
+            let lock = store.root.lock()?;
             let stored = read::<K>(&path)?;
             let existed = stored.is_some();
             let (object, unknown) = stored.unzip();
             let Some(mut changed) = change(object)? else {
                 if existed {
-                    fs::remove_file(&path).and_then(|()| sync_dir(&path)).map_err(|source| failed("removing", &path, source))?;
+                    fs::remove_file(&path)
+                        .and_then(|()| root::sync(&store.kind_dir::<K>()))
+                        .map_err(|source| failed("removing", &path, source))?;
                 }
                 return Ok(None);
             };
             let meta = changed.meta_mut();
             let version: u64 = meta.resource_version.as_deref().and_then(|version| version.parse().ok()).unwrap_or(0);
             meta.resource_version = Some((version + 1).to_string());
+            if !existed {
+                store.root.make_kind(&K::plural(&()), &lock)?;
+            }
             write(&path, &changed, unknown)?;
             Ok(Some(changed))
         })
@@ -156,11 +155,7 @@ fn write<K: Object>(path: &Path, object: &K, unknown: Option<Value>) -> Result<(
     let mut file = tempfile::Builder::new().prefix(".").tempfile_in(dir).map_err(|source| failed("writing in", dir, source))?;
     file.write_all(text.as_bytes()).and_then(|()| file.as_file().sync_all()).map_err(|source| failed("writing", path, source))?;
     file.persist(path).map_err(|error| failed("writing", path, error.error))?;
-    sync_dir(path).map_err(|source| failed("syncing", dir, source))
-}
-
-fn sync_dir(path: &Path) -> io::Result<()> {
-    File::open(path.parent().unwrap_or(Path::new("."))).and_then(|dir| dir.sync_all())
+    root::sync(dir).map_err(|source| failed("syncing", dir, source))
 }
 
 fn kind_and_name<K: Object>(name: &str) -> (String, String) {
@@ -204,7 +199,9 @@ impl Store for Directory {
         let (store, name) = (self.clone(), name.to_owned());
         blocking(move || {
             check_name(&name)?;
-            Ok(read(&store.kind_dir::<K>()?.join(format!("{name}.yaml")))?.map(|(object, _)| object))
+            let stored = read(&store.path::<K>(&name))?;
+            store.root.check()?;
+            Ok(stored.map(|(object, _)| object))
         })
         .await
     }
@@ -212,10 +209,13 @@ impl Store for Directory {
     async fn list<K: Object>(&self) -> Result<Listing<K>, Error> {
         let store = self.clone();
         blocking(move || {
-            let dir = store.kind_dir::<K>()?;
-            let entries = fs::read_dir(&dir).and_then(Iterator::collect::<io::Result<Vec<_>>>);
-            let mut paths: Vec<PathBuf> =
-                entries.map_err(|source| failed("reading", &dir, source))?.iter().map(|entry| entry.path()).collect();
+            let dir = store.kind_dir::<K>();
+            let entries = match fs::read_dir(&dir).and_then(Iterator::collect::<io::Result<Vec<_>>>) {
+                // There was no object of this kind yet.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+                entries => entries.map_err(|source| failed("reading", &dir, source))?,
+            };
+            let mut paths: Vec<PathBuf> = entries.iter().map(|entry| entry.path()).collect();
             let hidden = |path: &Path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
             paths.retain(|path| path.extension().is_some_and(|extension| extension == "yaml") && !hidden(path));
             paths.sort();
@@ -229,6 +229,7 @@ impl Store for Directory {
                     Err(error) => return Err(error),
                 }
             }
+            store.root.check()?;
             Ok(listing)
         })
         .await
@@ -292,7 +293,8 @@ impl Store for Directory {
     async fn changes<K: Object>(&self) -> Result<impl Changes, Error> {
         let store = self.clone();
         blocking(move || {
-            let dir = store.kind_dir::<K>()?;
+            let dir = store.kind_dir::<K>();
+            store.root.make_kind(&K::plural(&()), &store.root.lock()?)?;
             let (sender, receiver) = watch::channel(());
             let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
                 // What is only read does not count, or every list would be a change.
