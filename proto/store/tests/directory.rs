@@ -7,21 +7,39 @@ use kube::CustomResource;
 use lockstep_store::{Directory, Error, Store, conformance};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 #[derive(CustomResource, Clone, Debug, Deserialize, Serialize, JsonSchema)]
 #[kube(group = "test.lockstep.io", version = "v1", kind = "Note", status = "NoteStatus")]
 struct NoteSpec {
     text: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    place: Option<Place>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    lines: Vec<Line>,
+}
+
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+struct Place {
+    shelf: String,
+}
+
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+struct Line {
+    name: String,
+    length: u64,
 }
 
 #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
 struct NoteStatus {
     text: String,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    lines: Vec<Line>,
 }
 
 impl conformance::Sample for Note {
     fn sample(name: &str, spec: &str) -> Self {
-        Note::new(name, NoteSpec { text: spec.into() })
+        Note::new(name, NoteSpec { text: spec.into(), place: None, lines: Vec::new() })
     }
     fn spec(&self) -> &str {
         &self.spec.text
@@ -33,12 +51,12 @@ impl conformance::Sample for Note {
         self.status.as_ref().map(|status| status.text.as_str())
     }
     fn set_status(&mut self, status: &str) {
-        self.status = Some(NoteStatus { text: status.into() });
+        self.status.get_or_insert_default().text = status.into();
     }
 }
 
 fn note(name: &str) -> Note {
-    Note::new(name, NoteSpec { text: "x".into() })
+    conformance::Sample::sample(name, "x")
 }
 
 #[tokio::test]
@@ -125,19 +143,86 @@ async fn a_directory_that_is_moved_away_is_not_taken_for_an_empty_one() {
     assert!(store.get::<Note>("n").await.unwrap().is_none());
 }
 
-#[tokio::test]
-async fn fields_that_this_version_does_not_know_are_kept() {
+/// As a later version may have written it.
+const LATER: &str = r#"
+apiVersion: test.lockstep.io/v1
+kind: Note
+later: [1, {deep: 2}]
+metadata: {name: n, uid: u, resourceVersion: "7", generation: 3, later: m}
+spec:
+  text: x
+  later: {deep: 2}
+  place: {shelf: top, later: p}
+  lines: [{name: a, length: 1, later: sa}, {name: b, length: 2, later: sb}]
+status:
+  text: fine
+  later: {deep: [{}]}
+  lines: [{name: a, length: 1, later: ta}, {name: b, length: 2, later: tb}]
+"#;
+
+/// A store whose object `n` a later version wrote, and the file as it is now.
+fn later() -> (tempfile::TempDir, Directory, impl Fn() -> Value) {
     let dir = tempfile::tempdir().unwrap();
     let store = Directory::open(dir.path()).unwrap();
-    store.create(note("n")).await.unwrap();
     let path = dir.path().join("notes/n.yaml");
-    let text = fs::read_to_string(&path).unwrap();
-    fs::write(&path, text.replace("spec:\n", "spec:\n  fromTheFuture: {depth: 2}\n")).unwrap();
+    fs::create_dir(dir.path().join("notes")).unwrap();
+    fs::write(&path, LATER).unwrap();
+    let options = || serde_saphyr::options! { strict_booleans: true };
+    (dir, store, move || serde_saphyr::from_str_with_options(&fs::read_to_string(&path).unwrap(), options()).unwrap())
+}
+
+#[tokio::test]
+async fn an_update_keeps_the_fields_that_this_version_does_not_know_and_the_status_as_it_is() {
+    let (_dir, store, file) = later();
+    let mut wanted = file();
     let mut object = store.get::<Note>("n").await.unwrap().unwrap();
     object.spec.text = "changed".into();
+    object.spec.lines.swap(0, 1);
+    object.spec.lines.push(Line { name: "c".into(), length: 3 });
+    object.status = None;
     store.update(object).await.unwrap();
-    let text = fs::read_to_string(&path).unwrap();
-    assert!(text.contains("fromTheFuture") && text.contains("depth: 2") && text.contains("changed"), "{text}");
+    wanted["metadata"]["resourceVersion"] = "8".into();
+    wanted["metadata"]["generation"] = 4.into();
+    wanted["spec"]["text"] = "changed".into();
+    wanted["spec"]["lines"] = json!([
+        {"name": "b", "length": 2, "later": "sb"}, {"name": "a", "length": 1, "later": "sa"}, {"name": "c", "length": 3}
+    ]);
+    assert_eq!(file(), wanted);
+}
+
+#[tokio::test]
+async fn a_field_that_is_taken_away_goes_with_all_that_is_in_it() {
+    let (_dir, store, file) = later();
+    let mut object = store.get::<Note>("n").await.unwrap().unwrap();
+    object.spec.place = None;
+    object.spec.lines.remove(0);
+    let mut object = store.update(object).await.unwrap();
+    assert_eq!(file()["spec"], json!({"text": "x", "later": {"deep": 2}, "lines": [{"name": "b", "length": 2, "later": "sb"}]}));
+    object.status = None;
+    store.update_status(object).await.unwrap();
+    assert_eq!(file().get("status"), None);
+}
+
+#[tokio::test]
+async fn an_update_of_the_status_and_a_deletion_keep_all_else_as_it_is() {
+    let (_dir, store, file) = later();
+    let mut wanted = file();
+    let mut object = store.get::<Note>("n").await.unwrap().unwrap();
+    object.spec.lines.clear();
+    object.spec.place = None;
+    object.status.as_mut().unwrap().lines[1].length = 9;
+    let mut object = store.update_status(object).await.unwrap();
+    wanted["metadata"]["resourceVersion"] = "8".into();
+    wanted["status"]["lines"][1]["length"] = 9.into();
+    assert_eq!(file(), wanted);
+    object.metadata.finalizers = Some(vec!["test/hold".into()]);
+    let object = store.update(object).await.unwrap();
+    store.delete("n", Some(&object)).await.unwrap();
+    wanted["metadata"]["resourceVersion"] = "10".into();
+    wanted["metadata"]["finalizers"] = json!(["test/hold"]);
+    wanted["metadata"]["deletionTimestamp"] = file()["metadata"]["deletionTimestamp"].clone();
+    assert!(wanted["metadata"]["deletionTimestamp"].is_string());
+    assert_eq!(file(), wanted);
 }
 
 #[tokio::test]

@@ -1,8 +1,10 @@
 //! Objects as YAML files: `<root>/<plural>/<name>.yaml`.
 //!
-//! A lock file serializes writers, of all processes, and tells whether the directory is the one that was opened (`root`). A file is replaced by rename after an fsync, so that a
-//! reader sees the old one or the new one, also after a power cut. Fields that this version does not know are kept.
+//! A lock file serializes writers, of all processes, and tells whether the directory is the one that was opened (`root`). A file is
+//! replaced by rename after an fsync, so that a reader sees the old one or the new one, also after a power cut. Fields that this version
+//! does not know are kept (`merge`); the part of an object that is not written does not go through this version's types at all.
 
+mod merge;
 mod root;
 
 use std::{
@@ -14,7 +16,7 @@ use std::{
 
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use notify::{RecursiveMode, Watcher};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use tokio::sync::watch;
 
 use self::root::Root;
@@ -46,11 +48,11 @@ impl Directory {
         self.kind_dir::<K>().join(format!("{name}.yaml"))
     }
 
-    /// Changes one object under the lock. `change` gets the stored object and says what is to be stored; `None`: nothing is left.
+    /// Changes one object under the lock. `change` gets what is stored and says what is to be stored; `None`: nothing is left.
     async fn change<K: Object>(
         &self,
         name: String,
-        change: impl FnOnce(Option<K>) -> Result<Option<K>, Error> + Send + 'static,
+        change: impl FnOnce(Option<Stored<K>>) -> Result<Option<Value>, Error> + Send + 'static,
     ) -> Result<Option<K>, Error> {
         let store = self.clone();
         blocking(move || {
@@ -59,8 +61,7 @@ impl Directory {
             let lock = store.root.lock()?;
             let stored = read::<K>(&path)?;
             let existed = stored.is_some();
-            let (object, unknown) = stored.unzip();
-            let Some(mut changed) = change(object)? else {
+            let Some(mut changed) = change(stored)? else {
                 if existed {
                     fs::remove_file(&path)
                         .and_then(|()| root::sync(&store.kind_dir::<K>()))
@@ -68,17 +69,23 @@ impl Directory {
                 }
                 return Ok(None);
             };
-            let meta = changed.meta_mut();
-            let version: u64 = meta.resource_version.as_deref().and_then(|version| version.parse().ok()).unwrap_or(0);
-            meta.resource_version = Some((version + 1).to_string());
+            let version = changed["metadata"]["resourceVersion"].as_str().and_then(|version| version.parse::<u64>().ok()).unwrap_or(0);
+            changed["metadata"]["resourceVersion"] = (version + 1).to_string().into();
+            let object = decode(changed.clone())?;
             if !existed {
                 store.root.make_kind(&K::plural(&()), &lock)?;
             }
-            write(&path, &changed, unknown)?;
-            Ok(Some(changed))
+            write(&path, &changed)?;
+            Ok(Some(object))
         })
         .await
     }
+}
+
+/// An object of a file: as this version knows it, and all of it.
+struct Stored<K> {
+    object: K,
+    all: Value,
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
@@ -97,8 +104,7 @@ fn check_name(name: &str) -> Result<(), Error> {
     if is_name(name) { Ok(()) } else { Err(Error::Name { name: name.into() }) }
 }
 
-/// The object, and what of its file this version does not know.
-fn read<K: Object>(path: &Path) -> Result<Option<(K, Value)>, Error> {
+fn read<K: Object>(path: &Path) -> Result<Option<Stored<K>>, Error> {
     let unreadable = |reason: String| Error::Unreadable { path: path.to_owned(), reason };
     let text = match fs::read_to_string(path) {
         Ok(text) => text,
@@ -107,49 +113,20 @@ fn read<K: Object>(path: &Path) -> Result<Option<(K, Value)>, Error> {
         Err(error) if error.kind() == io::ErrorKind::InvalidData => return Err(unreadable(error.to_string())),
         Err(source) => return Err(failed("reading", path, source)),
     };
-    let value: Value = serde_saphyr::from_str(&text).map_err(|error| unreadable(error.to_string()))?;
-    let object: K = serde_json::from_value(value.clone()).map_err(|error| unreadable(error.to_string()))?;
+    // `name: n` is a name, and no boolean of YAML 1.1.
+    let options = serde_saphyr::options! { strict_booleans: true };
+    let all: Value = serde_saphyr::from_str_with_options(&text, options).map_err(|error| unreadable(error.to_string()))?;
+    let object: K = serde_json::from_value(all.clone()).map_err(|error| unreadable(error.to_string()))?;
     let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
     if object.meta().name != name {
         return Err(unreadable(format!("metadata.name is {:?}, but the file is another's", object.meta().name)));
     }
-    let known = serde_json::to_value(&object).map_err(|error| unreadable(error.to_string()))?;
-    Ok(Some((object, beyond(&value, &known))))
+    Ok(Some(Stored { object, all }))
 }
 
-/// What `all` has beyond `known`.
-fn beyond(all: &Value, known: &Value) -> Value {
-    let (Value::Object(all), Value::Object(known)) = (all, known) else { return Value::Null };
-    let mut rest = Map::new();
-    for (key, value) in all {
-        let part = match known.get(key) {
-            Some(known) => beyond(value, known),
-            // A null is how YAML says "absent".
-            None => value.clone(),
-        };
-        if !part.is_null() {
-            rest.insert(key.clone(), part);
-        }
-    }
-    if rest.is_empty() { Value::Null } else { Value::Object(rest) }
-}
-
-fn add(into: &mut Value, rest: Value) {
-    if let (Value::Object(into), Value::Object(rest)) = (into, rest) {
-        for (key, value) in rest {
-            match into.get_mut(&key) {
-                Some(known) => add(known, value),
-                None => drop(into.insert(key, value)),
-            }
-        }
-    }
-}
-
-fn write<K: Object>(path: &Path, object: &K, unknown: Option<Value>) -> Result<(), Error> {
+fn write(path: &Path, object: &Value) -> Result<(), Error> {
     let invalid = |reason: String| failed("encoding", path, io::Error::new(io::ErrorKind::InvalidData, reason));
-    let mut value = serde_json::to_value(object).map_err(|error| invalid(error.to_string()))?;
-    add(&mut value, unknown.unwrap_or(Value::Null));
-    let text = serde_saphyr::to_string(&value).map_err(|error| invalid(error.to_string()))?;
+    let text = serde_saphyr::to_string(object).map_err(|error| invalid(error.to_string()))?;
     let dir = path.parent().unwrap_or(Path::new("."));
     // A dot file: nobody takes it for an object.
     let mut file = tempfile::Builder::new().prefix(".").tempfile_in(dir).map_err(|source| failed("writing in", dir, source))?;
@@ -166,27 +143,42 @@ fn name_of<K: Object>(object: &K) -> String {
     object.meta().name.clone().unwrap_or_default()
 }
 
-/// The stored object, if `object` was made from it.
-fn current<K: Object>(stored: Option<K>, object: &K) -> Result<K, Error> {
+/// What is stored, if `object` was made from it.
+fn current<K: Object>(stored: Option<Stored<K>>, object: &K) -> Result<Stored<K>, Error> {
     let (kind, name) = kind_and_name::<K>(&name_of(object));
     let Some(stored) = stored else { return Err(Error::NotFound { kind, name }) };
-    let same = stored.meta().uid == object.meta().uid && stored.meta().resource_version == object.meta().resource_version;
-    if same { Ok(stored) } else { Err(Error::Conflict { kind, name }) }
+    let (is, was) = (stored.object.meta(), object.meta());
+    if is.uid == was.uid && is.resource_version == was.resource_version { Ok(stored) } else { Err(Error::Conflict { kind, name }) }
 }
 
-/// `main` with the status of `status`, or with none.
-fn with_status_of<K: Object>(main: &K, status: Option<&K>) -> Result<K, Error> {
-    let join = || -> serde_json::Result<K> {
-        let (mut value, from) = (serde_json::to_value(main)?, serde_json::to_value(status)?);
-        if let Value::Object(fields) = &mut value {
-            fields.remove("status");
-            if let Some(status) = from.get("status") {
-                fields.insert("status".into(), status.clone());
-            }
+fn encode<K: Object>(object: &K) -> Result<Value, Error> {
+    serde_json::to_value(object).map_err(|error| Error::Io { what: format!("encoding {}", K::kind(&())), source: error.into() })
+}
+
+fn decode<K: Object>(value: Value) -> Result<K, Error> {
+    serde_json::from_value(value).map_err(|error| Error::Io { what: format!("encoding {}", K::kind(&())), source: error.into() })
+}
+
+/// Makes a field what it is in `from`: also absent.
+fn take_over(value: &mut Value, field: &str, from: &Value) {
+    if let Value::Object(fields) = value {
+        match from.get(field) {
+            Some(from) => drop(fields.insert(field.to_owned(), from.clone())),
+            None => drop(fields.remove(field)),
         }
-        serde_json::from_value(value)
+    }
+}
+
+/// Whether two objects ask for the same: all that is neither metadata nor status.
+fn same_spec(one: &Value, other: &Value) -> bool {
+    let spec = |object: &Value| {
+        let mut spec = object.clone();
+        for field in ["metadata", "status"] {
+            take_over(&mut spec, field, &Value::Null);
+        }
+        spec
     };
-    join().map_err(|error| Error::Io { what: format!("encoding {}", K::kind(&())), source: error.into() })
+    spec(one) == spec(other)
 }
 
 fn gone<K: Object>(object: &K) -> bool {
@@ -201,7 +193,7 @@ impl Store for Directory {
             check_name(&name)?;
             let stored = read(&store.path::<K>(&name))?;
             store.root.check()?;
-            Ok(stored.map(|(object, _)| object))
+            Ok(stored.map(|stored| stored.object))
         })
         .await
     }
@@ -222,7 +214,7 @@ impl Store for Directory {
             let mut listing = Listing { objects: Vec::new(), unreadable: Vec::new() };
             for path in paths {
                 match read(&path) {
-                    Ok(Some((object, _))) => listing.objects.push(object),
+                    Ok(Some(stored)) => listing.objects.push(stored.object),
                     // It was deleted in between.
                     Ok(None) => {}
                     Err(error @ Error::Unreadable { .. }) => listing.unreadable.push(error),
@@ -238,7 +230,7 @@ impl Store for Directory {
     async fn create<K: Object>(&self, object: K) -> Result<K, Error> {
         let name = name_of(&object);
         let (kind, wanted) = kind_and_name::<K>(&name);
-        let created = self.change(name, move |stored: Option<K>| {
+        let created = self.change(name, move |stored: Option<Stored<K>>| {
             if stored.is_some() {
                 return Err(Error::AlreadyExists { kind, name: wanted });
             }
@@ -249,7 +241,9 @@ impl Store for Directory {
             meta.generation = Some(1);
             meta.creation_timestamp = Some(Time(Timestamp::now()));
             meta.deletion_timestamp = None;
-            with_status_of(&bare, None).map(Some)
+            let mut all = encode(&bare)?;
+            take_over(&mut all, "status", &Value::Null);
+            Ok(Some(all))
         });
         created.await.map(|object| object.expect("an object was stored"))
     }
@@ -257,21 +251,30 @@ impl Store for Directory {
     async fn update<K: Object>(&self, object: K) -> Result<K, Error> {
         let returned = object.clone();
         let updated = self.change(name_of(&object), move |stored| {
-            let stored = current(stored, &object)?;
-            let mut object = with_status_of(&object, Some(&stored))?;
-            let meta = object.meta_mut();
-            meta.creation_timestamp = stored.meta().creation_timestamp.clone();
-            meta.deletion_timestamp = stored.meta().deletion_timestamp.clone();
-            meta.generation = stored.meta().generation.map(|generation| generation + 1);
-            Ok((!gone(&object)).then_some(object))
+            let Stored { object: stored, all } = current(stored, &object)?;
+            let (known, new) = (encode(&stored)?, encode(&object)?);
+            let changed = !same_spec(&known, &new);
+            let mut new = merge::merged(&all, &known, new);
+            take_over(&mut new, "status", &all);
+            for field in ["uid", "resourceVersion", "creationTimestamp", "deletionTimestamp", "generation"] {
+                take_over(&mut new["metadata"], field, &all["metadata"]);
+            }
+            if let (true, Some(generation)) = (changed, stored.meta().generation) {
+                new["metadata"]["generation"] = (generation + 1).into();
+            }
+            Ok((!gone(&decode::<K>(new.clone())?)).then_some(new))
         });
         Ok(updated.await?.unwrap_or(returned))
     }
 
     async fn update_status<K: Object>(&self, object: K) -> Result<K, Error> {
         let updated = self.change(name_of(&object), move |stored| {
-            let stored = current(stored, &object)?;
-            with_status_of(&stored, Some(&object)).map(Some)
+            let Stored { object: stored, mut all } = current(stored, &object)?;
+            let (known, new) = (encode(&stored)?, encode(&object)?);
+            // Of all that is merged only the status is taken.
+            let merged = merge::merged(&all, &known, new);
+            take_over(&mut all, "status", &merged);
+            Ok(Some(all))
         });
         updated.await.map(|object| object.expect("an object was stored"))
     }
@@ -279,13 +282,14 @@ impl Store for Directory {
     async fn delete<K: Object>(&self, name: &str, unchanged: Option<&K>) -> Result<(), Error> {
         let unchanged = unchanged.cloned();
         let (kind, wanted) = kind_and_name::<K>(name);
-        let deleted = self.change(name.to_owned(), move |stored: Option<K>| {
-            let mut stored = match unchanged {
+        let deleted = self.change(name.to_owned(), move |stored: Option<Stored<K>>| {
+            let Stored { object: mut stored, mut all } = match unchanged {
                 Some(object) => current(stored, &object)?,
                 None => stored.ok_or(Error::NotFound { kind, name: wanted })?,
             };
             stored.meta_mut().deletion_timestamp.get_or_insert_with(|| Time(Timestamp::now()));
-            Ok((!gone(&stored)).then_some(stored))
+            take_over(&mut all["metadata"], "deletionTimestamp", &encode(&stored)?["metadata"]);
+            Ok((!gone(&stored)).then_some(all))
         });
         deleted.await.map(drop)
     }
