@@ -1,10 +1,10 @@
 //! The directory against the conformance test, and what only files can do.
 #![allow(missing_docs)]
 
-use std::fs;
+use std::{fs, time::Duration};
 
 use kube::CustomResource;
-use lockstep_store::{Directory, Error, Store, conformance};
+use lockstep_store::{Changes, Directory, Error, Store, conformance};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -141,6 +141,47 @@ async fn a_directory_that_is_moved_away_is_not_taken_for_an_empty_one() {
     fs::rename(&away, &path).unwrap();
     store.delete("n", Some(&stored)).await.unwrap();
     assert!(store.get::<Note>("n").await.unwrap().is_none());
+}
+
+fn inotify_instances() -> usize {
+    let handles = fs::read_dir("/proc/self/fd").unwrap().flatten();
+    handles.filter(|handle| fs::read_link(handle.path()).is_ok_and(|file| file.to_string_lossy().contains("inotify"))).count()
+}
+
+/// Before the slow relist.
+async fn told(changes: &mut impl Changes) {
+    tokio::time::timeout(Duration::from_secs(5), changes.next()).await.unwrap();
+}
+
+#[tokio::test]
+async fn any_number_of_calls_can_wait_at_once_and_each_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Directory::open(dir.path()).unwrap();
+    let mut waiting = Vec::new();
+    for _ in 0..500 {
+        waiting.push(store.changes::<Note>().await.unwrap());
+    }
+    // The other tests of this process have a few.
+    assert!(inotify_instances() < 50, "{}", inotify_instances());
+    store.create(note("n")).await.unwrap();
+    for changes in &mut waiting {
+        told(changes).await;
+    }
+}
+
+#[tokio::test]
+async fn a_directory_of_a_kind_that_was_replaced_is_watched_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Directory::open(dir.path()).unwrap();
+    let mut old = store.changes::<Note>().await.unwrap();
+    fs::rename(dir.path().join("notes"), dir.path().join("away")).unwrap();
+    let mut new = store.changes::<Note>().await.unwrap();
+    // What was told of the move itself does not count.
+    while tokio::time::timeout(Duration::from_millis(300), old.next()).await.is_ok() {}
+    while tokio::time::timeout(Duration::from_millis(1), new.next()).await.is_ok() {}
+    store.create(note("n")).await.unwrap();
+    told(&mut new).await;
+    told(&mut old).await;
 }
 
 /// As a later version may have written it.

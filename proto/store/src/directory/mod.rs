@@ -6,29 +6,25 @@
 
 mod merge;
 mod root;
+mod watch;
 
 use std::{
     fs,
     io::{self, Write},
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
-use notify::{RecursiveMode, Watcher};
 use serde_json::Value;
-use tokio::sync::watch;
 
-use self::root::Root;
+use self::{root::Root, watch::Watches};
 use crate::{Changes, Error, Listing, Object, Store, is_name};
-
-/// Changes that inotify did not tell of are seen after this.
-const RELIST: Duration = Duration::from_secs(10);
 
 /// A directory of objects.
 #[derive(Clone, Debug)]
 pub struct Directory {
     root: Root,
+    watches: Watches,
 }
 
 impl Directory {
@@ -37,7 +33,7 @@ impl Directory {
     /// # Errors
     /// `Error::Io`.
     pub fn open(root: impl Into<PathBuf>) -> Result<Self, Error> {
-        Ok(Self { root: Root::open(root.into())? })
+        Ok(Self { root: Root::open(root.into())?, watches: Watches::default() })
     }
 
     fn kind_dir<K: Object>(&self) -> PathBuf {
@@ -299,29 +295,8 @@ impl Store for Directory {
         blocking(move || {
             let dir = store.kind_dir::<K>();
             store.root.make_kind(&K::plural(&()), &store.root.lock()?)?;
-            let (sender, receiver) = watch::channel(());
-            let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-                // What is only read does not count, or every list would be a change.
-                if !event.is_ok_and(|event| event.kind.is_access()) {
-                    sender.send_replace(());
-                }
-            });
-            let watched = watcher.and_then(|mut watcher| watcher.watch(&dir, RecursiveMode::NonRecursive).map(|()| watcher));
-            let watcher = watched.map_err(|error| failed("watching", &dir, io::Error::other(error)))?;
-            Ok(DirectoryChanges { receiver, _watcher: watcher })
+            store.watches.changes(&K::plural(&()), &dir)
         })
         .await
-    }
-}
-
-struct DirectoryChanges {
-    receiver: watch::Receiver<()>,
-    _watcher: notify::RecommendedWatcher,
-}
-
-impl Changes for DirectoryChanges {
-    async fn next(&mut self) {
-        // Either way it is time to look again.
-        drop(tokio::time::timeout(RELIST, self.receiver.changed()).await);
     }
 }
