@@ -62,7 +62,7 @@ fn note(name: &str) -> Note {
 #[tokio::test]
 async fn a_directory_keeps_the_promises_of_a_store() {
     let dir = tempfile::tempdir().unwrap();
-    conformance::check::<Note>(&Directory::open(dir.path()).unwrap()).await;
+    conformance::check::<Note>(&Directory::open(dir.path()).unwrap(), &Directory::open(dir.path()).unwrap()).await;
 }
 
 #[tokio::test]
