@@ -82,8 +82,7 @@ impl<S: Store> Controller<S> {
             return Err(Error::Missing { field: "volume_capabilities" });
         }
         let volume = self.existing(&id).await?;
-        let mut given = request.parameters.clone();
-        given.retain(|name, _| !name.starts_with(wanted::SIDECAR_PREFIX));
+        let given = parameters::own(&request.parameters);
         let problem = match capability::common(&request.volume_capabilities) {
             Err(error) => Some(error.to_string()),
             Ok(usage) => capability::mismatch(&volume, usage),

@@ -16,9 +16,6 @@ use crate::{
     volume::VolumeId,
 };
 
-/// What a sidecar adds to the parameters; never part of a volume.
-pub(crate) const SIDECAR_PREFIX: &str = "csi.storage.k8s.io/";
-
 /// A volume that is wanted.
 #[derive(Clone, Debug)]
 pub(crate) struct Wanted {
@@ -75,7 +72,7 @@ impl Wanted {
             name,
             capacity_range,
             volume_capabilities,
-            mut parameters,
+            parameters,
             secrets: _,
             volume_content_source,
             accessibility_requirements,
@@ -91,7 +88,7 @@ impl Wanted {
             return Err(Error::MutableParameter { name });
         }
         parameters::parse(&parameters)?;
-        parameters.retain(|name, _| !name.starts_with(SIDECAR_PREFIX));
+        let parameters = parameters::own(&parameters);
         let usage = match capability::common(&volume_capabilities)? {
             Usage::Filesystem(fs_type) => Usage::Filesystem(Some(fs_type.unwrap_or(FsType::Ext4))),
             Usage::Block => Usage::Block,

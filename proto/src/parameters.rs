@@ -5,6 +5,12 @@ use std::collections::BTreeMap;
 /// What the sidecars add; never ours.
 const SIDECAR_PREFIX: &str = "csi.storage.k8s.io/";
 
+/// Those that are ours: without what the sidecars add.
+pub fn own(parameters: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let own = parameters.iter().filter(|(name, _)| !name.starts_with(SIDECAR_PREFIX));
+    own.map(|(name, value)| (name.clone(), value.clone())).collect()
+}
+
 /// Valid parameters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Parameters {
@@ -49,18 +55,18 @@ pub enum ParameterError {
 /// The first parameter, by name, that is unknown or has no such value.
 pub fn parse(parameters: &BTreeMap<String, String>) -> Result<Parameters, ParameterError> {
     let mut parsed = Parameters::default();
-    for (name, value) in parameters.iter().filter(|(name, _)| !name.starts_with(SIDECAR_PREFIX)) {
+    for (name, value) in own(parameters) {
         match (name.as_str(), value.as_str()) {
             ("provisioning", "thick") => {}
             ("provisioning", _) => {
-                return Err(ParameterError::Value { name: "provisioning", value: value.clone(), allowed: "only thick is supported" });
+                return Err(ParameterError::Value { name: "provisioning", value, allowed: "only thick is supported" });
             }
             ("transport", "auto") => parsed.transport = Transport::Auto,
             ("transport", "fuse") => parsed.transport = Transport::Fuse,
             ("transport", _) => {
-                return Err(ParameterError::Value { name: "transport", value: value.clone(), allowed: "use auto or fuse" });
+                return Err(ParameterError::Value { name: "transport", value, allowed: "use auto or fuse" });
             }
-            _ => return Err(ParameterError::Unknown { name: name.clone() }),
+            _ => return Err(ParameterError::Unknown { name }),
         }
     }
     Ok(parsed)
@@ -79,6 +85,8 @@ mod tests {
         assert_eq!(given(&[]), Ok(Parameters::default()));
         let pairs = [("provisioning", "thick"), ("transport", "fuse"), ("csi.storage.k8s.io/fstype", "xfs")];
         assert_eq!(given(&pairs), Ok(Parameters { transport: Transport::Fuse }));
+        let pairs = ["csi.storage.k8s.io/fstype", "csi.storage.k8s.io", "transport"].map(|name| (name.to_owned(), String::new()));
+        assert_eq!(own(&pairs.into()).into_keys().collect::<Vec<_>>(), ["csi.storage.k8s.io", "transport"]);
     }
 
     #[test]
