@@ -22,7 +22,7 @@ use lockstep_datapath::{
     core::{
         io::Notice,
         status::Status,
-        units::{BLOCK_SIZE, Epoch, LegId, Slot},
+        units::{BLOCK_SIZE, Epoch, Errno, LegId, Slot},
     },
     remove_leftovers,
 };
@@ -245,7 +245,8 @@ impl<S: Store> Node<S> {
             Notice::LegFailed { slot, error } => {
                 let leg = leg(*slot);
                 open.leg_failed(leg, error.to_string());
-                if let Some(disk) = open.disk_of(leg) {
+                // ENODEV: it was left out when the mirror was assembled, which says nothing about its disk.
+                if let Some(disk) = open.disk_of(leg).filter(|_| *error != Errno::ENODEV) {
                     self.disks.fail(&disk, &format!("a copy of volume {} on it got {error}", open.id));
                 }
             }

@@ -85,10 +85,7 @@ async fn objects_from_before_a_volume_was_allocated_do_not_cost_it_its_data() {
     let uid = driver.volume(&place.id).await.metadata.uid.unwrap();
     fs::remove_file(lab.path(&format!("driver/state/witness/{uid}"))).unwrap();
     set_status(&driver, &place.id, |status| *status = MirrorVolumeStatus::default()).await;
-    until("a word about it", || async {
-        fs::read_to_string(driver.node_log()).unwrap().contains("that holds data").then_some(())
-    })
-    .await;
+    until("a word about it", || async { fs::read_to_string(driver.node_log()).unwrap().contains("that holds data").then_some(()) }).await;
     assert_eq!(place.up(&driver.client).await.unwrap_err().code(), Code::FailedPrecondition);
     assert!(copies.iter().all(|copy| copy.exists()), "a copy was removed");
     set_status(&driver, &place.id, |status| *status = right).await;
