@@ -116,7 +116,7 @@ impl Mirror {
     }
 
     pub(super) fn pump_sync(&mut self, out: &mut Effects) {
-        let idle = !self.ready || self.read_only.is_some();
+        let idle = !self.ready || self.read_only.is_some() || self.stopped;
         if idle || self.attach.is_some() {
             return;
         }

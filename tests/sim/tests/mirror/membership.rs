@@ -366,6 +366,33 @@ fn rule_15_a_mirror_that_gave_up_answers_everything() {
     }
 }
 
+/// Its legs are somebody else's from then on.
+#[test]
+fn rule_25_after_a_stop_is_answered_nothing_is_asked_of_a_leg() {
+    for seed in 0..100 {
+        let mut world = warm(seed);
+        let detach = world.command(Request::Detach(Slot::B));
+        world.settle();
+        assert_eq!(world.answers[&detach], Ok(()));
+        for start in [0, 4096, 8192] {
+            world.write(range(start, start + 8));
+        }
+        world.settle();
+        world.bring_back(Slot::B);
+        for _ in 0..Rng(seed).below(30) {
+            world.step();
+        }
+        let stop = world.command(Request::Stop);
+        while !world.answers.contains_key(&stop) {
+            assert!(world.step() || world.tick(), "it is never stopped: {}", world.trace());
+        }
+        for _ in 0..20 {
+            assert!(world.in_flight().is_empty(), "{:?} after the stop: {}", world.in_flight(), world.trace());
+            world.tick();
+        }
+    }
+}
+
 #[test]
 fn rule_15_a_mirror_whose_assembly_cannot_be_recorded_answers_everything() {
     let mut world = World::new(1);
