@@ -125,7 +125,9 @@ impl<S: Store> Node<S> {
         info!(device = %volume.device().display(), legs = found.len(), "assembled");
         if force.is_some() {
             warn!(?force, "the operator forced a leg: what only the other one had is given up");
-            self.forget_force(object.clone()).await?;
+            if let Err(error) = self.forget_force(&id).await {
+                warn!(%error, "take the annotation {FORCE_ANNOTATION} away by hand");
+            }
         }
         let on_disk = object.status.iter().flat_map(|status| &status.legs);
         let mut disks: BTreeMap<LegId, String> =
@@ -153,12 +155,18 @@ impl<S: Store> Node<S> {
         *open.looked_after.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
     }
 
-    async fn forget_force(&self, mut object: MirrorVolume) -> Result<(), Error> {
-        if let Some(annotations) = &mut object.metadata.annotations {
-            annotations.remove(FORCE_ANNOTATION);
+    async fn forget_force(&self, id: &str) -> Result<(), Error> {
+        loop {
+            let mut object = self.volume(id).await?;
+            if object.metadata.annotations.as_mut().and_then(|annotations| annotations.remove(FORCE_ANNOTATION)).is_none() {
+                return Ok(());
+            }
+            match self.store.update(object).await {
+                // Somebody else wrote it in between.
+                Err(lockstep_store::Error::Conflict { .. }) => {}
+                updated => return Ok(updated.map(drop)?),
+            }
         }
-        self.store.update(object).await?;
-        Ok(())
     }
 
     /// Stops a mirror cleanly and lets go of its legs. Its device's users must be gone; it can be called again after an error.

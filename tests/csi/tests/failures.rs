@@ -415,8 +415,13 @@ async fn a_truncated_copy_is_made_anew_and_never_taken_for_zeroes() {
     let copies = driver.copies(&place.id).await;
     let sum = run("md5sum", &[text(&copies[1])]);
     fs::OpenOptions::new().write(true).open(&copies[0]).unwrap().set_len(32 * MIB).unwrap();
+    let cut = status(&driver, &place.id).await.legs[0].leg_id.clone();
     place.up(&driver.client).await.unwrap();
-    until_ready_is(&driver, &place.id, "Healthy").await;
+    until("made anew", || async {
+        let legs = status(&driver, &place.id).await.legs;
+        legs.iter().all(|leg| leg.state == LegState::In && leg.leg_id != cut).then_some(())
+    })
+    .await;
     place.down(&driver.client).await.unwrap();
     let copies = driver.copies(&place.id).await;
     assert!(identical(&copies[0], &copies[1]), "the copies differ");
