@@ -10,7 +10,7 @@ help: ## List the targets
 fmt: ## Format the code
 	cargo fmt --all
 
-check: ## Formatting, lints, unit and simulator tests: minutes, no root
+check: ## Formatting, lints, unit and simulator tests: minutes, no root (needs Go, for the CSI specification)
 	tests/run check unit
 
 test: ## Every tier, as CI runs it, and a table of them
