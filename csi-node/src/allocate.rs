@@ -9,7 +9,7 @@
 //! ```
 //! Every step can be cut off and is done again.
 
-use std::{fs, sync::Arc};
+use std::{collections::BTreeSet, fs, sync::Arc, time::Duration};
 
 use lockstep_datapath::{
     core::{
@@ -32,6 +32,9 @@ use crate::{
     node::{Holder, Node, blocking, names},
     tombstone,
 };
+
+/// How long a disk that need not have anything of a volume may take to say so.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What is to be done for a volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -180,7 +183,7 @@ impl<S: Store> Node<S> {
 
     async fn allocate(self: &Arc<Self>, volume: MirrorVolume) -> Result<(), Error> {
         let (id, uid) = names(&volume);
-        let found = self.find_legs(&uid).await?;
+        let found = self.find_legs(&uid, &known(&volume)).await?;
         let placed = match self.already_made(&uid, &found).await? {
             Some(legs) => legs,
             None => {
@@ -199,7 +202,7 @@ impl<S: Store> Node<S> {
                 .await?;
                 let ids = [legs[0].1, legs[1].1];
                 if let Err(error) = self.make_legs(&volume, &uid, &reserved, ids).await {
-                    let found = self.find_legs(&uid).await?;
+                    let found = self.find_legs(&uid, &placed.iter().map(|leg| leg.disk.clone()).collect()).await?;
                     self.remove_legs(found).await?;
                     if !error.is_no_space() {
                         return Err(error);
@@ -280,7 +283,7 @@ impl<S: Store> Node<S> {
     /// A claimed volume that was rejected: nothing of it exists here any more, and the claim is given back.
     async fn let_go(&self, volume: MirrorVolume) -> Result<(), Error> {
         let (_, uid) = names(&volume);
-        let found = self.find_legs(&uid).await?;
+        let found = self.find_legs(&uid, &known(&volume)).await?;
         self.remove_unused(&uid, &found).await?;
         self.remove_finalizer(volume).await
     }
@@ -289,7 +292,7 @@ impl<S: Store> Node<S> {
         let (id, uid) = names(&volume);
         let status = volume.status.clone().unwrap_or_default();
         let (from, to) = (status.capacity_bytes, volume.spec.capacity_bytes);
-        let found: Vec<LegDir> = self.find_legs(&uid).await?;
+        let found: Vec<LegDir> = self.find_legs(&uid, &known(&volume)).await?;
         let found: Vec<LegDir> =
             found.into_iter().filter(|found| status.legs.iter().any(|leg| leg.leg_id == found.leg.to_string())).collect();
         if found.is_empty() {
@@ -344,7 +347,7 @@ impl<S: Store> Node<S> {
         if self.open_volume(&uid).is_some() || self.state.staged(&uid).exists() {
             return Err(Error::Precondition(format!("{id} is staged: it is deleted when it is unstaged")));
         }
-        let found = self.find_legs(&uid).await?;
+        let found = self.find_legs(&uid, &known(&volume)).await?;
         let status = volume.status.clone().unwrap_or_default();
         let missing: Vec<_> = status.legs.iter().filter(|leg| found.iter().all(|found| found.leg.to_string() != leg.leg_id)).collect();
         if !missing.is_empty() || self.a_disk_is_away().await? {
@@ -376,10 +379,25 @@ impl<S: Store> Node<S> {
         Ok(())
     }
 
-    /// Every leg of the volume on a disk that can be used.
-    pub(crate) async fn find_legs(&self, uid: &str) -> Result<Vec<LegDir>, Error> {
-        let (disks, uid) = (Arc::clone(&self.disks), uid.to_owned());
-        blocking(&uid.clone(), move || Ok(legs::find(&disks, &uid))).await
+    /// Every leg of the volume on a disk that can be used. Disks that the volume is known to be on are waited for; of the others, one that does
+    /// not answer keeps nobody.
+    pub(crate) async fn find_legs(&self, uid: &str, known: &BTreeSet<String>) -> Result<Vec<LegDir>, Error> {
+        let looks = self.disks.ready().into_iter().map(|disk| {
+            let (uid, waited_for) = (uid.to_owned(), known.contains(&disk.name));
+            let name = disk.name.clone();
+            (name, waited_for, tokio::task::spawn_blocking(move || legs::find(&disk, &uid)))
+        });
+        let looks: Vec<_> = looks.collect();
+        let mut found = Vec::new();
+        for (disk, waited_for, look) in looks {
+            let looked = if waited_for { Ok(look.await) } else { tokio::time::timeout(PATIENCE, look).await };
+            match looked {
+                Ok(Ok(legs)) => found.extend(legs),
+                Ok(Err(_)) => return Err(Error::Panicked(uid.to_owned())),
+                Err(_) => warn!(disk, "a disk does not answer"),
+            }
+        }
+        Ok(found)
     }
 
     /// Removes legs; the space is free for others when it returns.
@@ -394,6 +412,11 @@ impl<S: Store> Node<S> {
         })
         .await
     }
+}
+
+/// The disks that a volume's object names.
+pub(crate) fn known(volume: &MirrorVolume) -> BTreeSet<String> {
+    volume.status.iter().flat_map(|status| &status.legs).map(|leg| leg.disk.clone()).collect()
 }
 
 /// A leg that is current.

@@ -13,7 +13,7 @@ use lockstep_proto::objects::MirrorVolume;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    disks::{Disk, Disks},
+    disks::Disk,
     error::Error,
     state_dir::{self, StateError},
 };
@@ -64,25 +64,22 @@ pub fn dir(disk: &Disk, uid: &str, leg: LegId) -> PathBuf {
     volumes(&disk.mount).join(format!("{uid}.{leg}"))
 }
 
-/// Every leg on a disk that can be used, with the UID of its volume. Blocks.
-pub fn all(disks: &Disks) -> Vec<(String, LegDir)> {
+/// Every leg on a disk, with the UID of its volume. Blocks.
+pub fn all(disk: &Disk) -> Vec<(String, LegDir)> {
     let mut found = Vec::new();
-    for disk in disks.ready() {
-        let Ok(entries) = fs::read_dir(volumes(&disk.mount)) else { continue };
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            let named = name.to_str().and_then(|name| name.split_once('.'));
-            if let Some((uid, leg)) = named.and_then(|(uid, leg)| Some((uid, parse_id(leg)?))) {
-                found.push((uid.to_owned(), LegDir { disk: disk.name.clone(), leg: LegId(leg), dir: entry.path() }));
-            }
+    for entry in fs::read_dir(volumes(&disk.mount)).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let named = name.to_str().and_then(|name| name.split_once('.'));
+        if let Some((uid, leg)) = named.and_then(|(uid, leg)| Some((uid, parse_id(leg)?))) {
+            found.push((uid.to_owned(), LegDir { disk: disk.name.clone(), leg: LegId(leg), dir: entry.path() }));
         }
     }
     found
 }
 
-/// Every leg of the volume on a disk that can be used. Blocks.
-pub fn find(disks: &Disks, uid: &str) -> Vec<LegDir> {
-    all(disks).into_iter().filter(|(of, _)| of == uid).map(|(_, leg)| leg).collect()
+/// Every leg of the volume on a disk. Blocks.
+pub fn find(disk: &Disk, uid: &str) -> Vec<LegDir> {
+    all(disk).into_iter().filter(|(of, _)| of == uid).map(|(_, leg)| leg).collect()
 }
 
 /// The epoch of the newest record on a leg. `None`: it was never made to the end.

@@ -21,10 +21,15 @@ use lockstep_proto::{
     rpc_log::RpcLog,
 };
 use lockstep_store::{Directory, Store};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
 use tonic::transport::Server;
 use tracing::{info, warn};
 
+/// How long calls that are under way may take at the end.
+const LAST_CALLS: Duration = Duration::from_secs(15);
 /// How often the disks are looked at.
 const SCAN: Duration = Duration::from_secs(2);
 
@@ -101,14 +106,23 @@ async fn run<S: Store>(node: Arc<Node<S>>, endpoint: &Endpoint) -> anyhow::Resul
         async move { lease::keep(&node.store, &node.name).await }
     });
     info!(%endpoint, node = node.name, "serving");
-    Server::builder()
+    let (ending, mut ended) = watch::channel(false);
+    let serving = Server::builder()
         .layer(RpcLog::default())
         .add_service(IdentityServer::new(identity))
         .add_service(NodeServer::new(NodeService::new(Arc::clone(&node))))
-        .serve_with_incoming_shutdown(incoming, async {
+        .serve_with_incoming_shutdown(incoming, async move {
             tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
-        })
-        .await?;
+            ending.send_replace(true);
+        });
+    let overdue = async {
+        drop(ended.wait_for(|ended| *ended).await);
+        tokio::time::sleep(LAST_CALLS).await;
+    };
+    tokio::select! {
+        served = serving => served?,
+        () = overdue => warn!("calls that wait for a sick disk are not waited for"),
+    }
     node.flush_all().await;
     Ok(())
 }

@@ -12,6 +12,7 @@ use lockstep_store::Store;
 use tracing::{info, warn};
 
 use crate::{
+    allocate::known,
     capability::Access,
     error::Error,
     file_system,
@@ -75,7 +76,7 @@ impl<S: Store> Node<S> {
     }
 
     async fn bring_up(self: &Arc<Self>, volume: &MirrorVolume, mut staged: Staged) -> Result<(), Error> {
-        let legs = self.find_legs(&staged.uid).await?;
+        let legs = self.find_legs(&staged.uid, &known(volume)).await?;
         staged.legs = legs.into_iter().map(|leg| leg.dir).collect();
         let open = self.open_mirror(volume).await?;
         staged.device = Some(open.volume.device().to_owned());

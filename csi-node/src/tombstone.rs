@@ -27,7 +27,7 @@ impl<S: Store> Node<S> {
             if deleted.is_empty() {
                 return;
             }
-            for (uid, leg) in legs::all(&node.disks).into_iter().filter(|(uid, _)| deleted.contains(uid)) {
+            for (uid, leg) in node.disks.ready().iter().flat_map(legs::all).filter(|(uid, _)| deleted.contains(uid)) {
                 match legs::remove(&leg.dir) {
                     Ok(()) => info!(uid, disk = leg.disk, "a copy of a deleted volume was removed"),
                     Err(error) => warn!(uid, disk = leg.disk, %error, "a copy of a deleted volume is left"),

@@ -11,7 +11,7 @@ mod rebuild;
 mod report;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -35,7 +35,7 @@ use tokio::{
 use tracing::{Instrument, info, warn};
 
 use crate::{
-    allocate::datapath_id,
+    allocate::{datapath_id, known},
     error::Error,
     legs::{self, LegDir},
     node::{Node, blocking, names},
@@ -77,6 +77,11 @@ impl OpenVolume {
         self.volume.status().borrow().blocks * BLOCK_SIZE
     }
 
+    /// The disks that it is on.
+    fn known(&self) -> BTreeSet<String> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
     fn disk_of(&self, leg: LegId) -> Option<String> {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner).get(&leg).cloned()
     }
@@ -105,7 +110,7 @@ impl<S: Store> Node<S> {
     /// The datapath's: refusals among them.
     pub(crate) async fn open_mirror(self: &Arc<Self>, object: &MirrorVolume) -> Result<Arc<OpenVolume>, Error> {
         let (id, uid) = names(object);
-        let found = self.find_legs(&uid).await?;
+        let found = self.find_legs(&uid, &known(object)).await?;
         let force = object.metadata.annotations.as_ref().and_then(|annotations| annotations.get(FORCE_ANNOTATION));
         let force = match force {
             Some(leg) => Some(legs::parse_id(leg).map(LegId).ok_or_else(|| {

@@ -94,7 +94,7 @@ impl<S: Store> Node<S> {
 
     /// `None`: no disk has room.
     async fn attach(&self, open: &OpenVolume, status: &Status, slot: Slot) -> Result<Option<Fill>, Error> {
-        let found = self.find_legs(&open.uid).await?;
+        let found = self.find_legs(&open.uid, &open.known()).await?;
         let lost = status.legs[slot.index()].id;
         // The same disk, back first.
         if let Some(leg) = found.iter().find(|leg| leg.leg == lost) {
@@ -179,7 +179,7 @@ impl<S: Store> Node<S> {
 
     /// Both copies count: what else there is of the volume is older, and goes. What is newer is a riddle, and stays.
     async fn remove_replaced(&self, open: &OpenVolume, status: &Status) {
-        let Ok(mut found) = self.find_legs(&open.uid).await else { return };
+        let Ok(mut found) = self.find_legs(&open.uid, &open.known()).await else { return };
         found.retain(|leg| status.legs.iter().all(|member| member.id != leg.leg));
         if found.is_empty() {
             return;
