@@ -38,6 +38,14 @@ pub enum SizeError {
         /// At most.
         limit: u64,
     },
+    /// Less than such a volume needs.
+    #[error("a volume of at most {limit} bytes cannot be: with this file system it has at least {} MiB ({minimum} bytes)", minimum >> 20)]
+    Small {
+        /// At most.
+        limit: u64,
+        /// What it needs.
+        minimum: u64,
+    },
     /// Below zero.
     #[error("a size of {0} bytes is below zero")]
     Negative(i64),
@@ -52,6 +60,9 @@ pub fn volume_bytes(required: i64, limit: i64, minimum: u64) -> Result<u64, Size
     let (required, limit) = (positive(required)?, positive(limit)?);
     let range = SizeError::Range { required, limit };
     let at_most = if limit == 0 { u64::MAX } else { limit };
+    if at_most < minimum && minimum > ROUNDING {
+        return Err(SizeError::Small { limit, minimum });
+    }
     // Without a wish the default, or less where the limit says so.
     let wished = if required == 0 { DEFAULT_BYTES.min(at_most / ROUNDING * ROUNDING) } else { required };
     let bytes = wished.max(minimum).checked_next_multiple_of(ROUNDING).ok_or(range)?;
@@ -101,6 +112,12 @@ mod tests {
         assert_eq!(volume_bytes(GIB as i64 + 1, 0, 0), Ok(GIB + ROUNDING));
         assert!(volume_bytes(GIB as i64 + 1, GIB as i64 + 2, 0).is_err());
         assert!(volume_bytes(0, 1, 0).is_err());
+        assert_eq!(volume_bytes(0, 1, ROUNDING), Err(SizeError::Range { required: 0, limit: 1 }));
+        let small = SizeError::Small { limit: 200 << 20, minimum: MIN_XFS_BYTES };
+        assert_eq!(volume_bytes(100 << 20, 200 << 20, MIN_XFS_BYTES), Err(small));
+        assert_eq!(volume_bytes(0, 200 << 20, MIN_XFS_BYTES), Err(small));
+        assert!(small.to_string().contains("at least 300 MiB"), "{small}");
+        assert_eq!(volume_bytes(0, MIN_XFS_BYTES as i64, MIN_XFS_BYTES), Ok(MIN_XFS_BYTES));
         assert!(volume_bytes(2, 1, 0).is_err());
         assert_eq!(volume_bytes(-1, 0, 0), Err(SizeError::Negative(-1)));
         assert_eq!(volume_bytes(i64::MAX, 0, 0), Ok(1 << 63));

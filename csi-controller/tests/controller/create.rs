@@ -44,6 +44,12 @@ async fn a_file_system_is_pinned_and_a_block_volume_has_none() {
         ..wanted("xfs")
     };
     assert_eq!(rig.create(xfs).await.unwrap().capacity_bytes, 300 << 20, "the smallest XFS");
+    let small = CreateVolumeRequest {
+        capacity_range: Some(range(100 << 20, 200 << 20)),
+        volume_capabilities: vec![capability(Mode::SingleNodeWriter, mount("xfs"))],
+        ..wanted("small")
+    };
+    contains(&refused(rig.create(small).await, Code::OutOfRange), &["at least 300 MiB"]);
     let block = CreateVolumeRequest {
         capacity_range: Some(range(1, 0)),
         volume_capabilities: vec![capability(Mode::SingleNodeReaderOnly, block())],
