@@ -88,6 +88,7 @@ impl<S: Store> Controller<S> {
             Ok(usage) => capability::mismatch(&volume, usage),
         };
         let problem = problem
+            .or_else(|| request.volume_context.keys().next().map(|name| format!("a volume has no volume_context, and {name:?} is given")))
             .or_else(|| (given != volume.spec.parameters && !given.is_empty()).then(|| "its parameters are others".to_owned()))
             .or_else(|| request.mutable_parameters.keys().next().map(|name| Error::MutableParameter { name: name.clone() }.to_string()));
         let confirmed = Confirmed {

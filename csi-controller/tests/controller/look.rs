@@ -100,6 +100,11 @@ async fn capabilities_are_confirmed_as_far_as_the_volume_has_them() {
     let other = [("transport".to_owned(), "fuse".to_owned())];
     let answer = validate(ValidateVolumeCapabilitiesRequest { parameters: other.clone().into(), ..plain.clone() }).await.unwrap();
     assert_eq!(answer.into_inner().confirmed, None);
+    let context = [("storage.kubernetes.io/csiProvisionerIdentity".to_owned(), "x".to_owned())];
+    let answer =
+        validate(ValidateVolumeCapabilitiesRequest { volume_context: context.into(), ..plain.clone() }).await.unwrap().into_inner();
+    assert_eq!(answer.confirmed, None);
+    contains(&answer.message, &["volume_context", "csiProvisionerIdentity"]);
     let answer = validate(ValidateVolumeCapabilitiesRequest { mutable_parameters: other.into(), ..plain.clone() }).await.unwrap();
     contains(&answer.into_inner().message, &["transport"]);
     refused(validate(ValidateVolumeCapabilitiesRequest { volume_id: String::new(), ..plain.clone() }).await, Code::InvalidArgument);
