@@ -267,6 +267,24 @@ async fn an_update_of_the_status_and_a_deletion_keep_all_else_as_it_is() {
 }
 
 #[tokio::test]
+async fn what_killed_writers_left_is_removed_and_what_others_put_there_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Directory::open(dir.path()).unwrap();
+    store.create(note("n")).await.unwrap();
+    let names = || {
+        let mut names: Vec<_> = fs::read_dir(dir.path().join("notes")).unwrap().map(|file| file.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    for file in [".writing-abc123", ".n.yaml.swp", "readme"] {
+        fs::write(dir.path().join("notes").join(file), "x").unwrap();
+    }
+    Directory::open(dir.path()).unwrap();
+    assert_eq!(names(), [".n.yaml.swp", "n.yaml", "readme"]);
+    assert_eq!(store.list::<Note>().await.unwrap().objects.len(), 1);
+}
+
+#[tokio::test]
 async fn a_name_cannot_leave_the_directory() {
     let dir = tempfile::tempdir().unwrap();
     let store = Directory::open(dir.path()).unwrap();

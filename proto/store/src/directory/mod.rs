@@ -124,8 +124,7 @@ fn write(path: &Path, object: &Value) -> Result<(), Error> {
     let invalid = |reason: String| failed("encoding", path, io::Error::new(io::ErrorKind::InvalidData, reason));
     let text = serde_saphyr::to_string(object).map_err(|error| invalid(error.to_string()))?;
     let dir = path.parent().unwrap_or(Path::new("."));
-    // A dot file: nobody takes it for an object.
-    let mut file = tempfile::Builder::new().prefix(".").tempfile_in(dir).map_err(|source| failed("writing in", dir, source))?;
+    let mut file = tempfile::Builder::new().prefix(root::TEMPORARY).tempfile_in(dir).map_err(|source| failed("writing in", dir, source))?;
     file.write_all(text.as_bytes()).and_then(|()| file.as_file().sync_all()).map_err(|source| failed("writing", path, source))?;
     file.persist(path).map_err(|error| failed("writing", path, error.error))?;
     root::sync(dir).map_err(|source| failed("syncing", dir, source))

@@ -15,6 +15,9 @@ use rustix::fs::{FlockOperation, flock};
 use super::failed;
 use crate::Error;
 
+/// What the name of a file begins with until it is whole. A dot file: nobody takes it for an object.
+pub(super) const TEMPORARY: &str = ".writing-";
+
 /// A directory that was opened.
 #[derive(Clone, Debug)]
 pub(super) struct Root {
@@ -34,6 +37,7 @@ impl Root {
             let kept = lock.write_all(id.as_bytes()).and_then(|()| lock.sync_all()).and_then(|()| sync(&path));
             kept.map_err(|source| failed("writing", &lock_path, source))?;
         }
+        sweep(&path);
         Ok(Self { path, id })
     }
 
@@ -77,6 +81,17 @@ impl Root {
         }
         let other = io::Error::other("another object directory is here than the one that was opened: put that one back, or restart");
         Err(failed("looking at", &self.path, other))
+    }
+}
+
+/// Removes what writers left that were killed. The lock must be held: nobody is writing. What cannot be looked at (a lost+found) or
+/// removed stays: it does no harm.
+fn sweep(root: &Path) {
+    let kinds = fs::read_dir(root).into_iter().flatten().flatten().filter(|kind| kind.file_type().is_ok_and(|kind| kind.is_dir()));
+    for file in kinds.flat_map(|kind| fs::read_dir(kind.path())).flatten().flatten() {
+        if file.file_name().as_encoded_bytes().starts_with(TEMPORARY.as_bytes()) {
+            drop(fs::remove_file(file.path()));
+        }
     }
 }
 
