@@ -5,12 +5,16 @@
 //!   must be blank       wiped first          must be there with that UUID, or DATA_LOSS
 //! ```
 
-use std::path::Path;
+use std::{fs::File, path::Path};
 
 use lockstep_proto::objects::{FormatState, FormatStatus, FsType};
 use tracing::info;
 
-use crate::{error::Error, tool};
+use crate::{
+    disks::probe::{self, Found, ProbeError, Signature},
+    error::Error,
+    tool,
+};
 
 /// The name that mkfs and mount know it by.
 pub fn name(fs_type: FsType) -> &'static str {
@@ -22,14 +26,18 @@ pub fn name(fs_type: FsType) -> &'static str {
 
 /// What is on a device: type and UUID. `None`: no signature at all. Blocks.
 fn signature(device: &Path) -> Result<Option<(String, String)>, Error> {
-    let args = [Path::new("-p"), Path::new("-o"), Path::new("export"), device];
-    let said = match tool::run("blkid", args) {
-        Ok(said) => said,
-        Err(error) if error.code() == Some(2) => return Ok(None),
-        Err(error) => return Err(error.into()),
-    };
-    let value = |key: &str| said.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).unwrap_or("unknown").to_owned();
-    Ok(Some((value("TYPE"), value("UUID"))))
+    let reading = || Error::io(format!("reading {}", device.display()));
+    let file = File::open(device).map_err(reading())?;
+    match probe::found(device, &file) {
+        Ok(Found::Nothing) => Ok(None),
+        Ok(Found::Several) => Ok(Some(("several signatures".into(), "unknown".into()))),
+        Ok(Found::Signature(Signature { kind, uuid, table, .. })) => {
+            let text = |said: Option<String>| said.unwrap_or_else(|| "unknown".into());
+            Ok(Some((text(kind.or(table)), text(uuid))))
+        }
+        Err(ProbeError::Read(source)) => Err(reading()(source)),
+        Err(ProbeError::Tool(error)) => Err(error.into()),
+    }
 }
 
 /// Whether the device is as its record says. `Ok(true)`: it is to be formatted. Blocks.
@@ -62,13 +70,15 @@ pub fn format(device: &Path, fs_type: FsType, uuid: &str, again: bool) -> Result
     }
     info!(device = %device.display(), kind = name(fs_type), uuid, "formatting the volume");
     let xfs_uuid = format!("uuid={uuid}");
-    // A new volume reads as zeroes: nothing is to be discarded, and ext4 need not write zeroes later.
+    // Forced only over what an mkfs left that was cut off: otherwise mkfs too refuses a device that is in use, and mkfs.xfs one that has
+    // anything on it. A new volume reads as zeroes: nothing is to be discarded, and ext4 need not write zeroes later.
     let (program, args): (_, Vec<&str>) = match fs_type {
         FsType::Ext4 if again => {
             ("mkfs.ext4", vec!["-q", "-F", "-m", "0", "-U", uuid, "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"])
         }
-        FsType::Ext4 => ("mkfs.ext4", vec!["-q", "-F", "-m", "0", "-U", uuid, "-E", "nodiscard,assume_storage_prezeroed=1"]),
-        FsType::Xfs => ("mkfs.xfs", vec!["-q", "-f", "-K", "-m", &xfs_uuid]),
+        FsType::Ext4 => ("mkfs.ext4", vec!["-q", "-m", "0", "-U", uuid, "-E", "nodiscard,assume_storage_prezeroed=1"]),
+        FsType::Xfs if again => ("mkfs.xfs", vec!["-q", "-f", "-K", "-m", &xfs_uuid]),
+        FsType::Xfs => ("mkfs.xfs", vec!["-q", "-K", "-m", &xfs_uuid]),
     };
     tool::run(program, args.into_iter().map(Path::new).chain([device]))?;
     Ok(())
@@ -131,4 +141,42 @@ pub fn mount(device: &Path, point: &Path, fs_type: FsType, flags: &[String]) -> 
     }
     tool::run("mount", args.into_iter().map(Path::new).chain([device, point]))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UUID: &str = "0b7ab7a6-6f14-4b8d-9b1c-0d5a3c9f2a11";
+
+    #[test]
+    fn a_device_that_cannot_be_read_is_not_blank() {
+        let never = FormatStatus { state: FormatState::Never, fs_uuid: None };
+        for path in ["/nonexistent", "/proc/self/mem"] {
+            let judged = must_format(Path::new(path), FsType::Ext4, &never);
+            assert!(matches!(judged, Err(Error::Io { .. })), "{path}: {judged:?}");
+        }
+    }
+
+    #[test]
+    fn what_was_made_is_known_again_and_xfs_is_made_once() {
+        let installed = |fs_type: &FsType| tool::run(if *fs_type == FsType::Xfs { "mkfs.xfs" } else { "mkfs.ext4" }, ["-V"]).is_ok();
+        for fs_type in [FsType::Ext4, FsType::Xfs].into_iter().filter(installed) {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            file.as_file().set_len(400 << 20).unwrap();
+            let judge = |state, fs_uuid: Option<&str>| {
+                must_format(file.path(), fs_type, &FormatStatus { state, fs_uuid: fs_uuid.map(str::to_owned) })
+            };
+            assert!(judge(FormatState::Never, None).unwrap());
+            assert!(matches!(judge(FormatState::Formatted, Some(UUID)), Err(Error::DataLoss(_))), "it is blank");
+            format(file.path(), fs_type, UUID, false).unwrap();
+            assert!(!judge(FormatState::Formatted, Some(UUID)).unwrap());
+            assert!(matches!(judge(FormatState::Formatted, Some("1-2")), Err(Error::DataLoss(_))), "it is another one");
+            assert!(matches!(judge(FormatState::Never, None), Err(Error::DataLoss(_))), "somebody made it");
+            if fs_type == FsType::Xfs {
+                assert!(format(file.path(), fs_type, UUID, false).is_err(), "mkfs too refuses");
+            }
+            format(file.path(), fs_type, UUID, true).unwrap();
+        }
+    }
 }

@@ -99,6 +99,7 @@ async fn run<S: Store>(node: Arc<Node<S>>, endpoint: &Endpoint) -> anyhow::Resul
             "it was staged when an earlier csi-node ended, and its device is dead: unpublish and unstage it, then stage it again"
         );
     }
+    tokio::spawn(Arc::clone(&node.disks).settle());
     let ready = identity.clone();
     tokio::spawn(watch_disks(Arc::clone(&node), ready));
     tokio::spawn({

@@ -1,21 +1,28 @@
 //! What a block device is, as sysfs and the signatures on it say.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
-    io::{self, Read, Seek, SeekFrom},
-    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+    io,
+    os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
 use lockstep_proto::objects::DiskIdentity;
 use rustix::fs::{OFlags, major, minor};
 
-use crate::{mounts, tool};
+use super::{
+    error::DiskError,
+    probe::{self, Found, Signature},
+};
+use crate::mounts;
 
 /// The label of our file systems: how a disk is known to be ours.
 pub const LABEL: &str = "lockstep";
 /// The smallest disk that is used.
 pub const MIN_BYTES: u64 = 1 << 30;
+/// Between the whole disks of a device that lies on several.
+const AND: &str = " + ";
 
 /// A block device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +33,8 @@ pub struct Device {
     pub dev: (u32, u32),
     /// What stays the same; without a file system's UUID.
     pub identity: DiskIdentity,
+    /// Which part of its physical disk it is: where a partition starts, or a mapped device's id; empty for a whole disk.
+    pub part: String,
 }
 
 /// What was found on a device.
@@ -45,73 +54,98 @@ fn attribute(dir: &Path, name: &str) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
+/// The whole disks that a device lies on, by their directories in sysfs.
+fn wholes(own: &Path) -> BTreeSet<PathBuf> {
+    let whole = if own.join("partition").exists() { own.parent().unwrap_or(own) } else { own };
+    let below = fs::read_dir(whole.join("slaves")).into_iter().flatten().flatten();
+    let below: BTreeSet<_> = below.filter_map(|slave| slave.path().canonicalize().ok()).flat_map(|slave| wholes(&slave)).collect();
+    if below.is_empty() { BTreeSet::from([whole.to_owned()]) } else { below }
+}
+
+/// What tells a whole disk from others.
+fn physical(whole: &Path) -> String {
+    // A loop device is as distinct as the file behind it.
+    match attribute(whole, "loop/backing_file") {
+        Some(file) => format!("file:{file}"),
+        None => first(whole, WWN).or_else(|| first(whole, SERIAL)).unwrap_or_else(|| whole.display().to_string()),
+    }
+}
+
+const WWN: &[&str] = &["wwid", "device/wwid"];
+const SERIAL: &[&str] = &["serial", "device/serial"];
+
+fn first(dir: &Path, names: &[&str]) -> Option<String> {
+    names.iter().find_map(|name| attribute(dir, name))
+}
+
+/// Whether two devices, by their physical identities, have a disk in common: they are no pair then.
+pub fn overlap(a: &str, b: &str) -> bool {
+    a.split(AND).any(|a| b.split(AND).any(|b| a == b))
+}
+
 /// Looks a device up. `Err`: it cannot be used as a disk, and why.
-pub fn look_up(path: &Path) -> Result<Device, String> {
-    let path = path.canonicalize().map_err(|error| error.to_string())?;
-    let meta = fs::metadata(&path).map_err(|error| error.to_string())?;
+pub fn look_up(path: &Path) -> Result<Device, DiskError> {
+    let path = path.canonicalize().map_err(DiskError::Path)?;
+    let meta = fs::metadata(&path).map_err(DiskError::Path)?;
     if !meta.file_type().is_block_device() {
-        return Err("it is not a block device".into());
+        return Err(DiskError::NotBlock);
     }
     let dev = (major(meta.rdev()), minor(meta.rdev()));
-    let own = fs::canonicalize(format!("/sys/dev/block/{}:{}", dev.0, dev.1)).map_err(|error| format!("sysfs: {error}"))?;
-    let whole = if own.join("partition").exists() { own.parent().unwrap_or(&own).to_owned() } else { own.clone() };
-    let first = |names: &[&str]| names.iter().find_map(|name| attribute(&whole, name));
-    let serial = first(&["serial", "device/serial"]);
-    let wwn = first(&["wwid", "device/wwid"]);
-    let model = first(&["device/model"]);
-    // A loop device is as distinct as the file behind it.
-    let physical = match first(&["loop/backing_file"]) {
-        Some(file) => format!("file:{file}"),
-        None => wwn.clone().or_else(|| serial.clone()).unwrap_or_else(|| whole.display().to_string()),
+    let own = fs::canonicalize(format!("/sys/dev/block/{}:{}", dev.0, dev.1)).map_err(DiskError::Sysfs)?;
+    let (identity, part) = identify(&own);
+    Ok(Device { path, dev, identity, part })
+}
+
+/// From a device's directory in sysfs: what it is, and which part of a disk.
+fn identify(own: &Path) -> (DiskIdentity, String) {
+    let wholes = wholes(own);
+    let only = wholes.first().filter(|_| wholes.len() == 1);
+    let of_only = |names| only.and_then(|whole| first(whole, names));
+    let identity = DiskIdentity {
+        fs_uuid: String::new(),
+        serial: of_only(SERIAL),
+        wwn: of_only(WWN),
+        model: of_only(&["device/model"]),
+        physical: wholes.iter().map(|whole| physical(whole)).collect::<Vec<_>>().join(AND),
+        size_bytes: attribute(own, "size").and_then(|sectors| sectors.parse::<u64>().ok()).unwrap_or(0) * 512,
     };
-    let sectors: u64 = attribute(&own, "size").and_then(|size| size.parse().ok()).unwrap_or(0);
-    let identity = DiskIdentity { fs_uuid: String::new(), serial, wwn, model, physical, size_bytes: sectors * 512 };
-    Ok(Device { path, dev, identity })
+    let start = attribute(own, "start").filter(|_| own.join("partition").exists());
+    (identity, start.or_else(|| first(own, &["dm/uuid", "md/uuid"])).unwrap_or_default())
 }
 
 impl Device {
     /// Looks at what is on it, and writes nothing. `Err`: it gives errors.
-    pub fn content(&self) -> Result<Content, String> {
-        let mounted = mounts::list().map_err(|error| error.to_string())?.into_iter().find(|mount| mount.dev == self.dev);
+    pub fn content(&self) -> Result<Content, DiskError> {
+        let mounted = mounts::list().map_err(DiskError::Mounts)?.into_iter().find(|mount| mount.dev == self.dev);
         if let Some(mount) = mounted {
             return Ok(Content::Foreign(format!(
                 "it is mounted at {}: unmount it, or take it out of the selection",
                 mount.point.display()
             )));
         }
+        // Not for writing: udev would probe a device again whenever it is closed after that.
         let flags = i32::try_from((OFlags::EXCL | OFlags::CLOEXEC).bits()).expect("flags are small");
-        let file = match File::options().read(true).write(true).custom_flags(flags).open(&self.path) {
+        let file = match File::options().read(true).custom_flags(flags).open(&self.path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
                 return Ok(Content::Foreign("it is in use (LVM, md, swap or another program has it open)".into()));
             }
-            Err(error) => return Err(format!("it cannot be opened: {error}")),
+            Err(error) => return Err(DiskError::Open(error)),
         };
         if self.identity.size_bytes < MIN_BYTES {
             return Ok(Content::Foreign(format!("it is too small: {} MiB, a disk needs 1 GiB", self.identity.size_bytes >> 20)));
         }
-        readable(&file, self.identity.size_bytes).map_err(|error| format!("it cannot be read: {error}"))?;
-        drop(file);
-        self.signatures()
+        Ok(self.verdict(probe::found(&self.path, &file)?))
     }
 
-    fn signatures(&self) -> Result<Content, String> {
-        let args = [Path::new("-p"), Path::new("-o"), Path::new("export"), &self.path];
-        let said = match tool::run("blkid", args) {
-            Ok(said) => said,
-            // blkid: nothing was found.
-            Err(error) if error.code() == Some(2) => return Ok(Content::Blank),
-            // blkid: what was found contradicts itself.
-            Err(error) if error.code() == Some(8) => return Ok(self.foreign("several signatures at once")),
-            Err(error) => return Err(error.to_string()),
+    fn verdict(&self, found: Found) -> Content {
+        let Signature { kind, label, uuid, table } = match found {
+            Found::Nothing => return Content::Blank,
+            Found::Several => return self.foreign("several signatures at once"),
+            Found::Signature(signature) => signature,
         };
-        Ok(self.verdict(&said))
-    }
-
-    fn verdict(&self, said: &str) -> Content {
-        let value = |key: &str| said.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
-        match (value("TYPE"), value("LABEL"), value("UUID"), value("PTTYPE")) {
-            (Some("xfs"), Some(LABEL), Some(uuid), _) => Content::Ours(uuid.to_owned()),
+        match (kind.as_deref(), label.as_deref(), uuid, table) {
+            (Some("xfs"), Some(LABEL), Some(uuid), _) => Content::Ours(uuid),
             (Some(kind), Some(label), ..) => self.foreign(&format!("{kind} with the label {label:?}")),
             (Some(kind), ..) => self.foreign(kind),
             (None, .., Some(table)) => self.foreign(&format!("a {table} partition table")),
@@ -126,6 +160,13 @@ impl Device {
         ))
     }
 
+    /// Whether its XFS says that its mkfs did not end: `sb_inprogress` is set by mkfs's first write and cleared by its last.
+    pub fn is_half_made(&self) -> bool {
+        let mut superblock = [0; 512];
+        let read = File::open(&self.path).and_then(|file| file.read_exact_at(&mut superblock, 0));
+        read.is_ok() && superblock.starts_with(b"XFSB") && superblock[126] != 0
+    }
+
     /// How a person knows it: model, serial number, node.
     pub fn name_for_people(&self) -> String {
         let known = [&self.identity.model, &self.identity.serial].into_iter().flatten().map(String::as_str);
@@ -135,44 +176,84 @@ impl Device {
     }
 }
 
-/// The beginning and the end of a disk can be read.
-fn readable(mut file: &File, bytes: u64) -> io::Result<()> {
-    let mut block = vec![0; 4096];
-    for at in [0, bytes - 4096] {
-        file.seek(SeekFrom::Start(at))?;
-        file.read_exact(&mut block)?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn device() -> Device {
-        Device { path: "/dev/sdx".into(), dev: (8, 0), identity: DiskIdentity::default() }
+        Device { path: "/dev/sdx".into(), dev: (8, 0), identity: DiskIdentity::default(), part: String::new() }
+    }
+
+    fn signature(kind: Option<&str>, label: Option<&str>, table: Option<&str>) -> Found {
+        let owned = |text: Option<&str>| text.map(str::to_owned);
+        Found::Signature(Signature { kind: owned(kind), label: owned(label), uuid: Some("1-2".into()), table: owned(table) })
     }
 
     #[test]
     fn only_xfs_with_our_label_is_ours() {
-        let ours = device().verdict("DEVNAME=/dev/sdx\nLABEL=lockstep\nUUID=1-2\nTYPE=xfs\nUSAGE=filesystem");
-        assert_eq!(ours, Content::Ours("1-2".into()));
-        for (said, named) in [
-            ("LABEL=data\nUUID=1-2\nTYPE=xfs", "xfs with the label \"data\""),
-            ("UUID=1-2\nTYPE=xfs", "it has xfs:"),
-            ("LABEL=lockstep\nUUID=1-2\nTYPE=ext4", "ext4"),
-            ("UUID=1\nTYPE=LVM2_member", "LVM2_member"),
-            ("PTUUID=1\nPTTYPE=gpt", "a gpt partition table"),
-            ("AMBIVALENT=x", "cannot name"),
+        assert_eq!(device().verdict(signature(Some("xfs"), Some("lockstep"), None)), Content::Ours("1-2".into()));
+        assert_eq!(device().verdict(Found::Nothing), Content::Blank);
+        for (found, named) in [
+            (signature(Some("xfs"), Some("data"), None), "xfs with the label \"data\""),
+            (signature(Some("xfs"), None, None), "it has xfs:"),
+            (signature(Some("ext4"), Some("lockstep"), None), "ext4"),
+            (signature(Some("LVM2_member"), None, None), "LVM2_member"),
+            (signature(None, None, Some("gpt")), "a gpt partition table"),
+            (signature(None, None, None), "cannot name"),
+            (Found::Several, "several signatures"),
         ] {
-            let Content::Foreign(why) = device().verdict(said) else { panic!("{said} was taken") };
+            let Content::Foreign(why) = device().verdict(found) else { panic!("{named} was taken") };
             assert!(why.contains(named) && why.contains("wipefs --all /dev/sdx"), "{why}");
         }
     }
 
     #[test]
     fn what_is_no_block_device_is_said() {
-        assert_eq!(look_up(Path::new("/dev/null")).unwrap_err(), "it is not a block device");
-        assert!(look_up(Path::new("/nonexistent")).unwrap_err().contains("No such file"));
+        assert_eq!(look_up(Path::new("/dev/null")).unwrap_err().to_string(), "it is not a block device");
+        assert!(look_up(Path::new("/nonexistent")).unwrap_err().to_string().contains("No such file"));
+    }
+
+    /// A sysfs with two disks; `sda` has a partition.
+    fn sysfs() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (disk, serial) in [("sda", "A"), ("sdb", "B")] {
+            fs::create_dir_all(dir.path().join(disk).join("device")).unwrap();
+            fs::write(dir.path().join(disk).join("device/serial"), serial).unwrap();
+            fs::write(dir.path().join(disk).join("size"), "100").unwrap();
+        }
+        fs::create_dir(dir.path().join("sda/sda1")).unwrap();
+        for (name, text) in [("partition", "1"), ("start", "2048"), ("size", "10")] {
+            fs::write(dir.path().join("sda/sda1").join(name), text).unwrap();
+        }
+        dir
+    }
+
+    /// A mapped device on others.
+    fn map(dir: &Path, name: &str, on: &[&str]) -> PathBuf {
+        fs::create_dir_all(dir.join(name).join("slaves")).unwrap();
+        fs::create_dir_all(dir.join(name).join("dm")).unwrap();
+        fs::write(dir.join(name).join("dm/uuid"), format!("LVM-{name}")).unwrap();
+        for below in on {
+            let link = dir.join(name).join("slaves").join(Path::new(below).file_name().unwrap());
+            std::os::unix::fs::symlink(dir.join(below), link).unwrap();
+        }
+        dir.join(name)
+    }
+
+    #[test]
+    fn mapped_devices_are_the_disks_below_them() {
+        let sysfs = sysfs();
+        let dir = sysfs.path();
+        let physical = |own: &Path| identify(own).0.physical;
+        let (first, second) = (map(dir, "dm-0", &["sda/sda1"]), map(dir, "dm-1", &["sda"]));
+        let (striped, stacked) = (map(dir, "dm-2", &["sda", "sdb"]), map(dir, "dm-3", &["dm-0"]));
+        assert_eq!([&first, &second, &stacked].map(|own| physical(own)), ["A", "A", "A"]);
+        assert_eq!(physical(&striped), "A + B");
+        assert!(overlap(&physical(&striped), "A") && overlap("B", &physical(&striped)) && overlap("A", "A") && !overlap("A", "B"));
+        assert_eq!((identify(&first).1.as_str(), identify(&dir.join("sda/sda1")).1.as_str()), ("LVM-dm-0", "2048"));
+        assert_eq!(
+            identify(&dir.join("sda")),
+            (DiskIdentity { serial: Some("A".into()), physical: "A".into(), size_bytes: 51200, ..Default::default() }, String::new())
+        );
     }
 }

@@ -13,6 +13,7 @@ use tracing::{info, warn};
 use super::{
     Disk, Disks, Refused,
     device::{self, Content, Device},
+    error::DiskError,
     file_system,
 };
 use crate::legs;
@@ -69,7 +70,7 @@ impl Disks {
                             paths.push(device.path);
                         }
                     }
-                    Err(message) => drop(refused.insert(path, message)),
+                    Err(error) => drop(refused.insert(path, error.to_string())),
                 }
             }
         }
@@ -85,40 +86,48 @@ impl Disks {
     fn look_at(&self, path: &Path) -> Option<String> {
         let device = match device::look_up(path) {
             Ok(device) => device,
-            Err(message) => return self.refuse(path, None, message),
+            Err(error) => return self.refuse(path, None, error.to_string()),
         };
-        if let Some(name) = self.mounted_as(&device) {
-            self.check(&name);
-            return Some(name);
+        if let Some(name) = file_system::mounted_as(&self.state, &device) {
+            return match self.take_over(&device, &name) {
+                Ok(()) => {
+                    self.check(&name);
+                    Some(name)
+                }
+                Err(error) => self.refuse(path, Some(&device), error.to_string()),
+            };
         }
-        let unfinished = file_system::unfinished(&self.state, &device.identity);
-        let content = match device.content() {
-            Ok(content) => content,
-            Err(message) => return self.refuse(path, Some(&device), message),
-        };
-        match (content, unfinished) {
-            (Content::Blank, began) => {
-                let uuid = began.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
-                self.claim(&device, &uuid, true)
+        match device.content() {
+            Ok(Content::Blank) => self.claim_blank(&device),
+            Ok(Content::Ours(uuid)) => self.claim(&device, &uuid),
+            Ok(Content::Foreign(message)) => self.refuse(path, Some(&device), message),
+            Err(error) => self.refuse(path, Some(&device), error.to_string()),
+        }
+    }
+
+    /// A device that is mounted in its place: perhaps an earlier csi-node did that and got no further.
+    fn take_over(&self, device: &Device, name: &str) -> Result<(), DiskError> {
+        if self.get(name).is_none() {
+            let point = self.state.disk_mount(name);
+            file_system::settle_in(&self.state, device, name, &point).inspect_err(|_| drop(crate::mounts::unmount_all(&point)))?;
+            self.adopt(device, name, point);
+        }
+        Ok(())
+    }
+
+    fn claim_blank(&self, device: &Device) -> Option<String> {
+        let made = file_system::format_blank(&self.state, device);
+        match made.and_then(|uuid| Ok((file_system::mount(&self.state, device, &uuid)?, uuid))) {
+            Ok((point, uuid)) => {
+                self.adopt(device, &uuid, point);
+                info!(reason = "DiskClaimed", disk = uuid, device = %device.name_for_people(), "a blank disk was claimed");
+                Some(uuid)
             }
-            (Content::Ours(uuid), Some(began)) if uuid == began => self.claim(&device, &uuid, true),
-            (Content::Ours(uuid), _) => self.claim(&device, &uuid, false),
-            (Content::Foreign(message), _) => self.refuse(path, Some(&device), message),
+            Err(error) => self.refuse(&device.path, Some(device), error.to_string()),
         }
     }
 
-    /// The name under which this device is mounted, by us or by an earlier csi-node.
-    fn mounted_as(&self, device: &Device) -> Option<String> {
-        let mount = crate::mounts::list().ok()?.into_iter().find(|mount| mount.dev == device.dev)?;
-        let name = mount.point.file_name()?.to_str()?.to_owned();
-        let point = file_system::mounted(&self.state, device, &name)?;
-        if self.get(&name).is_none() {
-            self.adopt(device, &name, point);
-        }
-        Some(name)
-    }
-
-    fn claim(&self, device: &Device, uuid: &str, format: bool) -> Option<String> {
+    fn claim(&self, device: &Device, uuid: &str) -> Option<String> {
         if let Some(disk) = self.get(uuid) {
             match disk.phase {
                 DiskPhase::Failed if disk.absent => info!(disk = uuid, "the disk is back"),
@@ -130,13 +139,14 @@ impl Disks {
                 }
             }
         }
-        let made = if format { file_system::format(&self.state, device, uuid) } else { Ok(()) };
-        match made.and_then(|()| file_system::mount(&self.state, device, uuid)) {
+        // What can be mounted is never formatted, whatever is on record.
+        let mounted = file_system::mount(&self.state, device, uuid).or_else(|error| {
+            let again = file_system::format_again(&self.state, device, uuid).unwrap_or(Err(error));
+            again.and_then(|()| file_system::mount(&self.state, device, uuid))
+        });
+        match mounted {
             Ok(point) => self.adopt(device, uuid, point),
-            Err(message) => return self.refuse(&device.path, Some(device), message),
-        }
-        if format {
-            info!(reason = "DiskClaimed", disk = uuid, device = %device.name_for_people(), "a blank disk was claimed");
+            Err(error) => return self.refuse(&device.path, Some(device), error.to_string()),
         }
         Some(uuid.to_owned())
     }

@@ -1,0 +1,139 @@
+//! What a disk is taken for, and when it is formatted: once.
+#![allow(missing_docs)]
+
+use std::{
+    fs,
+    os::unix::process::CommandExt,
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use lockstep_csi_tests::{
+    client::Place,
+    driver::{Driver, NODE, until},
+    lab::{Lab, text},
+};
+use lockstep_native::run;
+use lockstep_proto::objects::{DiskPhase, LocalDisk};
+
+const MIB: u64 = 1 << 20;
+
+async fn volume(lab: &Lab, driver: &Driver, name: &str, bytes: u64) -> Place {
+    let volume = driver.client.create(name, bytes, Some("ext4")).await.expect("it is created");
+    Place { id: volume.volume_id, fs_type: Some("ext4"), staging: lab.path("staging"), target: lab.path("target") }
+}
+
+async fn until_ready(driver: &Driver, count: usize) -> Vec<LocalDisk> {
+    until("disks that are ready", || async {
+        let disks = driver.disks().await;
+        let ready = disks.iter().filter(|disk| disk.status.as_ref().is_some_and(|status| status.phase == DiskPhase::Ready)).count();
+        (ready == count).then_some(disks)
+    })
+    .await
+}
+
+fn reboot(lab: &Lab, disks: usize) {
+    for mount in (0..disks).filter_map(|number| lab.mount_of(number)) {
+        run("umount", &[text(&mount)]);
+    }
+}
+
+/// As a csi-node would leave it that was killed after it had made the file system whole, and before it removed the record of its mkfs.
+fn leave_records(lab: &Lab, disks: &[LocalDisk]) -> Vec<PathBuf> {
+    let leave = |disk: &LocalDisk| {
+        let identity = disk.status.as_ref().and_then(|status| status.identity.clone()).expect("a disk has an identity");
+        let path = lab.path("driver/state/formatting").join(&identity.fs_uuid);
+        fs::write(&path, format!("physical: {:?}\nsizeBytes: {}\n", identity.physical, identity.size_bytes)).expect("a record");
+        path
+    };
+    disks.iter().map(leave).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_with_volumes_outlives_every_kill_reboot_and_replug_whatever_is_on_record() {
+    let mut lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let disks = until_ready(&driver, 2).await;
+    let place = volume(&lab, &driver, "kept", 64 * MIB).await;
+    place.up(&driver.client).await.unwrap();
+    fs::write(place.target.join("letter"), "never lost").unwrap();
+    run("sync", &["-f", text(&place.target)]);
+    place.down(&driver.client).await.unwrap();
+    for round in 0..6 {
+        driver.kill_node();
+        let records = leave_records(&lab, &disks);
+        // Mounted as it was left; after a reboot; in other slots.
+        if round % 3 > 0 {
+            reboot(&lab, 2);
+        }
+        if round % 3 == 2 {
+            (0..2).for_each(|number| lab.pull_disk(number));
+            (0..2).rev().for_each(|number| lab.plug_disk(number));
+        }
+        driver.start_node().await;
+        until_ready(&driver, 2).await;
+        assert_eq!(records.iter().find(|record| record.exists()), None, "round {round}: a record says that there is nothing to lose");
+    }
+    driver.kill_node();
+    reboot(&lab, 2);
+    driver.start_node().await;
+    place.up(&driver.client).await.unwrap();
+    assert_eq!(fs::read_to_string(place.target.join("letter")).unwrap(), "never lost");
+    place.down(&driver.client).await.unwrap();
+    let log = fs::read_to_string(driver.node_log()).unwrap();
+    assert_eq!(log.lines().filter(|line| line.contains("disks::file_system: formatting")).count(), 2, "each disk once");
+    driver.stop();
+}
+
+/// A csi-node that is killed with everything that it started.
+struct Doomed(Child);
+
+impl Doomed {
+    fn start(lab: &Lab) -> Self {
+        let at = |name: &str| text(&lab.path("driver").join(name)).to_owned();
+        let own = std::env::current_exe().expect("our own path");
+        let program = own.ancestors().skip(1).map(|dir| dir.join("csi-node")).find(|path| path.is_file()).expect("csi-node is built");
+        let mut command = Command::new(program);
+        command.args(["--endpoint", &format!("unix://{}", at("node.sock")), "--node-name", NODE, "--config", &at("node.yaml")]);
+        command.args(["--state-dir", &at("state"), "--objects", &at("objects")]).process_group(0);
+        Self(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("csi-node"))
+    }
+
+    fn kill(mut self) {
+        run("kill", &["-KILL", "--", &format!("-{}", self.0.id())]);
+        self.0.wait().expect("it was started");
+    }
+}
+
+fn configure(lab: &Lab) {
+    fs::create_dir_all(lab.path("driver")).unwrap();
+    fs::write(lab.path("driver/node.yaml"), format!("disks:\n- path: {}/*\n", text(&lab.path("disks")))).unwrap();
+}
+
+/// Each round is killed a little later than the one before: before, in and after the mkfs, the mount, the marker.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_at_any_moment_of_a_claim_leaves_a_disk_that_is_claimed_by_the_next_csi_node() {
+    let mut lab = Lab::new(0, 0);
+    configure(&lab);
+    let (mut cut_off, mut disks) = (0, 0);
+    for round in 0..16 {
+        let number = lab.add_disk(1200);
+        disks += 1;
+        let doomed = Doomed::start(&lab);
+        // Not the time since the start, which says little on a busy machine: since the claim began.
+        let records = || fs::read_dir(lab.path("driver/state/formatting")).is_ok_and(|mut records| records.next().is_some());
+        until("a record", || async { (records() || lab.mount_of(number).is_some()).then_some(()) }).await;
+        tokio::time::sleep(Duration::from_millis(round * 6)).await;
+        doomed.kill();
+        cut_off += usize::from(records());
+        if round % 2 == 0 {
+            reboot(&lab, disks);
+        }
+    }
+    assert!(cut_off > 3, "hardly a claim was cut off: {cut_off}");
+    let mut driver = Driver::start(&lab).await;
+    until_ready(&driver, disks).await;
+    assert_eq!(fs::read_dir(lab.path("driver/state/formatting")).unwrap().count(), 0);
+    driver.stop();
+}
