@@ -121,7 +121,10 @@ pub(crate) fn detach(device: &LoopDevice) -> Result<(), Error> {
 pub fn remove_leftovers(run_dir: &Path, name: &str) -> Result<(), Error> {
     let (path, mark) = (run_dir.join(name), mark(name));
     isolated(move || {
-        for device in loop_device::find(&mark).context(|| "looking for loop devices".into())? {
+        // As the kernel names it.
+        let backing =
+            path.parent().and_then(|dir| dir.canonicalize().ok()).zip(path.file_name()).map_or(path.clone(), |(dir, name)| dir.join(name));
+        for device in loop_device::find(&mark, &backing).context(|| "looking for loop devices".into())? {
             device.detach().context(|| format!("detaching {}", device.path().display()))?;
         }
         remove_file(&path)

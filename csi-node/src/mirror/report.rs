@@ -76,7 +76,8 @@ fn copied(status: &Status) -> String {
 
 fn set_conditions(conditions: &mut Vec<Condition>, health: Health, status: &Status, lost: &str) {
     let progress = percent(status);
-    let percent = progress.map_or(String::new(), |percent| format!("{percent} % are done. "));
+    let copying = matches!(health, Health::Resyncing | Health::Rebuilding);
+    let percent = progress.filter(|_| copying).map_or(String::new(), |percent| format!("{percent} % are done. "));
     let (ready, degraded, rebuilding) = match health {
         Health::Healthy => ((true, "Healthy", ""), (false, "BothCopies"), (false, "BothCopies")),
         // Both copies have everything that was acknowledged and flushed; a second failure now would not lose it.

@@ -106,8 +106,9 @@ fn name_of(file: &File) -> Option<String> {
     String::from_utf8(info.file_name[..len].to_vec()).ok()
 }
 
-/// Every loop device that carries this name: what an earlier process left behind.
-pub(crate) fn find(name: &str) -> io::Result<Vec<LoopDevice>> {
+/// Every loop device that is over `backing` or carries this name: what an earlier process left behind. Over a FUSE file whose server is dead
+/// a device cannot be asked for its name, only for the path of its backing file; and for that only as long as it is mounted.
+pub(crate) fn find(name: &str, backing: &Path) -> io::Result<Vec<LoopDevice>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/sys/block")? {
         let entry = entry?;
@@ -115,8 +116,9 @@ pub(crate) fn find(name: &str) -> io::Result<Vec<LoopDevice>> {
             continue;
         }
         let path = Path::new("/dev").join(entry.file_name());
-        let Ok(file) = open(&path) else { continue };
-        if name_of(&file).as_deref() == Some(name) {
+        let over = std::fs::read_to_string(entry.path().join("loop/backing_file"));
+        let ours = over.is_ok_and(|over| Path::new(over.trim_end_matches('\n')) == backing);
+        if ours || open(&path).is_ok_and(|file| name_of(&file).as_deref() == Some(name)) {
             found.push(LoopDevice { path });
         }
     }

@@ -1,6 +1,7 @@
 //! Blank disks, and what the kernel can do to them.
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
 };
@@ -14,6 +15,7 @@ const PREFIX: &str = "lockstep-csi.";
 pub struct Lab {
     dir: tempfile::TempDir,
     disks: Vec<PathBuf>,
+    forgotten: BTreeSet<String>,
 }
 
 impl Lab {
@@ -22,7 +24,7 @@ impl Lab {
         remove_dead_runs(PREFIX);
         let prefix = format!("{PREFIX}{}.", std::process::id());
         let dir = tempfile::Builder::new().prefix(&prefix).tempdir().expect("a temporary directory");
-        let mut lab = Self { dir, disks: Vec::new() };
+        let mut lab = Self { dir, disks: Vec::new(), forgotten: forgotten_loops() };
         fs::create_dir(lab.path("disks")).expect("a directory of disks");
         for _ in 0..disks {
             lab.add_disk(megabytes);
@@ -88,10 +90,18 @@ impl Lab {
         let under = |path: &str| Path::new(path).starts_with(self.dir.path());
         let mounts = mounts.lines().filter(|line| line.split(' ').nth(1).is_some_and(under)).map(str::to_owned);
         let loops = run("losetup", &["--list", "--noheadings", "--output", "NAME,BACK-FILE"]);
+        // Over a file of a mount that is gone: of no path any more, so of nobody. Those that were there before are not ours.
+        let forgotten = forgotten_loops().difference(&self.forgotten).cloned().collect::<Vec<_>>();
         let own = |line: &&str| !self.disks.iter().any(|disk| line.starts_with(&format!("{} ", text(disk))));
         let loops = loops.lines().filter(|line| line.contains(text(self.dir.path()))).filter(own).map(str::to_owned);
-        mounts.chain(loops).collect()
+        mounts.chain(loops).chain(forgotten).collect()
     }
+}
+
+/// Loop devices over files that have no path any more.
+fn forgotten_loops() -> BTreeSet<String> {
+    let loops = run("losetup", &["--list", "--noheadings", "--output", "NAME,BACK-FILE"]);
+    loops.lines().filter(|line| line.trim().ends_with(" /")).map(str::to_owned).collect()
 }
 
 impl Drop for Lab {

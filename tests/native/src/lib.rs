@@ -73,14 +73,20 @@ pub fn remove_dead_runs(prefix: &str) {
 
 /// Takes everything down that lives under `dir`: mounts, innermost first, then loop devices.
 pub fn tear_down(dir: &Path) {
+    // First those over files that are mounts: unmounted, their paths are forgotten. In use, they go with their last user.
+    detach_loops(dir);
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     let under = |path: &str| Path::new(path).starts_with(dir);
     for mount in mounts.lines().rev().filter_map(|line| line.split(' ').nth(1)).filter(|path| under(path)) {
         succeeds("umount", &["-l", mount]);
     }
+    detach_loops(dir);
+}
+
+fn detach_loops(dir: &Path) {
     for line in run("losetup", &["--list", "--noheadings", "--output", "NAME,BACK-FILE"]).lines() {
         if let Some((device, file)) = line.trim().split_once(char::is_whitespace)
-            && under(file.trim())
+            && Path::new(file.trim()).starts_with(dir)
         {
             succeeds("losetup", &["-d", device]);
         }
