@@ -356,6 +356,10 @@ impl<S: Store> Node<S> {
         }
         self.remove_legs(found).await?;
         crate::state_dir::remove_record(&self.state.witness(&uid))?;
+        // Who is told that it is gone can count on its space.
+        if let Err(error) = self.disks.publish(&self.store, &self.name).await {
+            warn!(%error, "the disks' objects do not say what is");
+        }
         self.remove_finalizer(volume).await?;
         info!("deleted");
         Ok(())

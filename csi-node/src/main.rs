@@ -32,6 +32,8 @@ use tracing::{info, warn};
 const LAST_CALLS: Duration = Duration::from_secs(15);
 /// How often the disks are looked at.
 const SCAN: Duration = Duration::from_secs(2);
+/// How long the store may take for the objects of all disks.
+const PUBLISH: Duration = Duration::from_secs(30);
 
 /// Lockstep's CSI node plugin: claims this node's disks and serves volumes that are mirrored on two of them.
 ///
@@ -128,21 +130,39 @@ async fn run<S: Store>(node: Arc<Node<S>>, endpoint: &Endpoint) -> anyhow::Resul
     Ok(())
 }
 
-/// Looks at the disks again and again; volumes are followed once the first look is over.
+/// Looks at the disks again and again; volumes are followed once the first look is over. Neither the store nor a disk that hangs delays the
+/// next look.
 async fn watch_disks<S: Store>(node: Arc<Node<S>>, ready: Identity) {
-    let mut first = true;
+    node.disks.scan().await;
+    tokio::spawn(publish_disks(Arc::clone(&node)));
+    node.set_scanned();
+    ready.set_ready();
+    tokio::spawn(Arc::clone(&node).follow_volumes());
+    let mut sweep = None::<tokio::task::JoinHandle<()>>;
     loop {
-        node.disks.scan().await;
         let mut changes = node.disks.changes();
-        if let Err(error) = node.disks.publish(&node.store, &node.name).await {
-            warn!(%error, "the disks' objects do not say what is");
+        if sweep.as_ref().is_none_or(tokio::task::JoinHandle::is_finished) {
+            let node = Arc::clone(&node);
+            sweep = Some(tokio::spawn(async move { node.sweep().await }));
         }
-        if std::mem::take(&mut first) {
-            node.set_scanned();
-            ready.set_ready();
-            tokio::spawn(Arc::clone(&node).follow_volumes());
+        tokio::select! {
+            () = tokio::time::sleep(SCAN) => {}
+            _ = changes.changed() => {}
         }
-        node.sweep().await;
+        node.disks.scan().await;
+    }
+}
+
+/// The disks' objects follow what the looks found, as fast as the store can.
+async fn publish_disks<S: Store>(node: Arc<Node<S>>) {
+    let mut changes = node.disks.changes();
+    loop {
+        changes.mark_unchanged();
+        match tokio::time::timeout(PUBLISH, node.disks.publish(&node.store, &node.name)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => warn!(%error, "the disks' objects do not say what is"),
+            Err(_) => warn!("the disks' objects do not say what is: the store does not answer"),
+        }
         tokio::select! {
             () = tokio::time::sleep(SCAN) => {}
             _ = changes.changed() => {}

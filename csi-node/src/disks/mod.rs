@@ -53,6 +53,8 @@ pub struct Disk {
     pub allocated: u64,
     /// Failed, and not seen since: if it comes back it was plugged in again.
     absent: bool,
+    /// A selector matches it.
+    selected: bool,
 }
 
 /// A device that is left alone.
@@ -77,8 +79,8 @@ pub struct Disks {
     ledger: Mutex<Ledger>,
     /// Reservations were let go.
     unsettled: Notify,
-    /// Devices that are being looked at: one that hangs is looked at once.
-    busy: Mutex<HashSet<PathBuf>>,
+    /// What is being looked at: what hangs is looked at once.
+    busy: Mutex<HashSet<String>>,
     changed: watch::Sender<u64>,
 }
 
@@ -163,6 +165,7 @@ pub(super) mod tests {
                 capacity: *capacity,
                 allocated: 0,
                 absent: false,
+                selected: true,
             };
             disks.known.write().unwrap().insert((*name).into(), disk);
         }

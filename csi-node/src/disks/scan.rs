@@ -8,6 +8,7 @@ use std::{
 };
 
 use lockstep_proto::objects::DiskPhase;
+use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use super::{
@@ -21,40 +22,79 @@ use crate::legs;
 /// How long a disk may take to answer before the others are gone on with.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// One look at one disk.
+struct Look {
+    /// Of what there is one at a time.
+    key: String,
+    /// Disks that it is about: slow is not gone.
+    names: Vec<String>,
+    /// What is looked at.
+    at: At,
+}
+
+enum At {
+    /// Devices of one physical disk, which are selected.
+    Devices(Vec<PathBuf>),
+    /// A disk of ours that no selector matches.
+    Unselected,
+}
+
 impl Disks {
-    /// Looks at every device that is selected; claims blank ones, mounts ours, notices those that failed or are gone.
+    /// Looks at every device that is selected; claims blank ones, mounts ours, notices those that failed or are gone. Whatever hangs: it
+    /// ends, and what hangs is not looked at again before it answers.
     pub async fn scan(self: &Arc<Self>) {
-        let disks = Arc::clone(self);
-        let Ok(matches) = tokio::task::spawn_blocking(move || disks.matches()).await else { return };
-        let mut seen = BTreeSet::new();
-        let mut looks = Vec::new();
-        for paths in matches.into_values() {
-            // Slow is not gone.
-            let slow = self.all().into_iter().filter(|disk| paths.contains(&disk.device)).map(|disk| disk.name);
-            if !self.busy.lock().expect("no holder panics").insert(paths[0].clone()) {
-                seen.extend(slow);
-                continue;
-            }
-            let (slow, disks): (Vec<_>, _) = (slow.collect(), Arc::clone(self));
-            let look = tokio::task::spawn_blocking(move || {
-                let found: Vec<_> = paths.iter().filter_map(|path| disks.look_at(path)).collect();
-                disks.busy.lock().expect("no holder panics").remove(&paths[0]);
-                found
+        let Some(matches) = self.bounded("selectors".into(), PATIENCE, Self::matches).await else { return };
+        let mut looks = JoinSet::new();
+        for look in self.looks(matches) {
+            let disks = Arc::clone(self);
+            looks.spawn(async move {
+                let Look { key, names, at } = look;
+                let about = names.clone();
+                disks.bounded(key, PATIENCE, move |disks| disks.look(&at, &about)).await.unwrap_or(names)
             });
-            looks.push((slow, tokio::time::timeout(PATIENCE, look)));
         }
-        for (slow, look) in looks {
-            match look.await {
-                Ok(Ok(found)) => seen.extend(found),
-                Ok(Err(error)) => warn!(%error, "looking at a disk ended in a panic"),
-                Err(_) => {
-                    warn!(disks = ?slow, "a disk does not answer");
-                    seen.extend(slow);
-                }
-            }
+        let seen: BTreeSet<String> = looks.join_all().await.into_iter().flatten().collect();
+        let mut gone = JoinSet::new();
+        for disk in self.all().into_iter().filter(|disk| !seen.contains(&disk.name)) {
+            let disks = Arc::clone(self);
+            gone.spawn(async move { disks.bounded(disk.name.clone(), PATIENCE, move |disks| disks.notice_absent(&disk)).await });
         }
-        let disks = Arc::clone(self);
-        drop(tokio::task::spawn_blocking(move || disks.notice_absent(&seen)).await);
+        gone.join_all().await;
+    }
+
+    /// Does what may hang. `None`: it does hang, or it has not ended since it began in an earlier look.
+    async fn bounded<T: Send + 'static>(
+        self: &Arc<Self>,
+        key: String,
+        patience: Duration,
+        work: impl FnOnce(&Self) -> T + Send + 'static,
+    ) -> Option<T> {
+        if !self.busy.lock().expect("no holder panics").insert(key.clone()) {
+            return None;
+        }
+        let free = Free { disks: Arc::clone(self), key: key.clone() };
+        let task = tokio::task::spawn_blocking(move || {
+            let done = work(&free.disks);
+            drop(free);
+            done
+        });
+        match tokio::time::timeout(patience, task).await {
+            Ok(Ok(done)) => return Some(done),
+            Ok(Err(error)) => warn!(%error, key, "looking at a disk ended in a panic"),
+            Err(_) => warn!(key, "a disk does not answer"),
+        }
+        None
+    }
+
+    fn looks(&self, matches: BTreeMap<String, Vec<PathBuf>>) -> Vec<Look> {
+        let mut unselected = self.all();
+        let mut looks = Vec::new();
+        for (key, paths) in matches {
+            let names = unselected.extract_if(.., |disk| paths.contains(&disk.device)).map(|disk| disk.name).collect();
+            looks.push(Look { key, names, at: At::Devices(paths) });
+        }
+        looks.extend(unselected.into_iter().map(|disk| Look { key: disk.name.clone(), names: vec![disk.name], at: At::Unselected }));
+        looks
     }
 
     /// The devices of each physical disk, each once, whatever the number of selectors that match it.
@@ -80,6 +120,15 @@ impl Disks {
             self.refuse(path, None, message.clone());
         }
         matches
+    }
+
+    fn look(&self, at: &At, names: &[String]) -> Vec<String> {
+        match at {
+            At::Devices(paths) => {
+                paths.iter().filter_map(|path| self.look_at(path).inspect(|name| self.set_selected(name, true))).collect()
+            }
+            At::Unselected => names.iter().filter_map(|name| self.look_unselected(name)).collect(),
+        }
     }
 
     /// Gives the name of the disk that is there, if it is ours.
@@ -166,6 +215,7 @@ impl Disks {
             capacity,
             allocated,
             absent: false,
+            selected: true,
         };
         self.known.write().expect("no holder panics").insert(uuid.to_owned(), disk);
         self.refused.write().expect("no holder panics").remove(&device.path);
@@ -194,15 +244,81 @@ impl Disks {
         }
     }
 
-    fn notice_absent(&self, seen: &BTreeSet<String>) {
-        for disk in self.all().into_iter().filter(|disk| !seen.contains(&disk.name)) {
-            if disk.phase == DiskPhase::Ready {
-                self.fail(&disk.name, "it is gone");
-            }
-            drop(crate::mounts::unmount_all(&disk.mount));
-            if let Some(disk) = self.known.write().expect("no holder panics").get_mut(&disk.name) {
-                disk.absent = true;
-            }
+    /// A disk that is mounted is here as long as the kernel has its device: names under /dev/disk come and go. One that is not mounted is
+    /// where the selectors say.
+    fn look_unselected(&self, name: &str) -> Option<String> {
+        let disk = self.get(name)?;
+        match crate::mounts::at(&disk.mount) {
+            Ok(Some(mount)) if !Path::new(&format!("/sys/dev/block/{}:{}", mount.dev.0, mount.dev.1)).exists() => return None,
+            Ok(None) => return None,
+            Ok(Some(_)) | Err(_) => self.check(name),
+        }
+        self.set_selected(name, false);
+        Some(name.to_owned())
+    }
+
+    fn set_selected(&self, name: &str, selected: bool) {
+        let mut known = self.known.write().expect("no holder panics");
+        let Some(disk) = known.get_mut(name).filter(|disk| disk.selected != selected) else { return };
+        disk.selected = selected;
+        if selected {
+            info!(disk = name, device = disk.label, "the disk is selected again");
+        } else {
+            warn!(disk = name, device = disk.label, "no selector matches the disk any more: it stays in use until csi-node restarts");
+        }
+    }
+
+    fn notice_absent(&self, disk: &Disk) {
+        if disk.phase == DiskPhase::Ready {
+            self.fail(&disk.name, "it is gone");
+        }
+        if let Some(disk) = self.known.write().expect("no holder panics").get_mut(&disk.name) {
+            disk.absent = true;
+        }
+        drop(crate::mounts::unmount_all(&disk.mount));
+    }
+}
+
+/// Lets the next look begin, also after a panic.
+struct Free {
+    disks: Arc<Disks>,
+    key: String,
+}
+
+impl Drop for Free {
+    fn drop(&mut self) {
+        self.disks.busy.lock().expect("no holder panics").remove(&self.key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::{Disks, tests::disks};
+
+    async fn bounded<T: Send + 'static>(
+        disks: &std::sync::Arc<Disks>,
+        key: &str,
+        work: impl FnOnce(&Disks) -> T + Send + 'static,
+    ) -> Option<T> {
+        disks.bounded(key.into(), Duration::from_millis(200), work).await
+    }
+
+    #[tokio::test]
+    async fn what_hangs_is_waited_for_once() {
+        let (_dir, disks) = disks(&[]);
+        let (release, hang) = std::sync::mpsc::channel::<()>();
+        assert_eq!(bounded(&disks, "sda", move |_| hang.recv().is_ok()).await, None);
+        assert_eq!(bounded(&disks, "sda", |_| ()).await, None, "it hangs still");
+        assert_eq!(bounded(&disks, "sdb", |_| 1).await, Some(1));
+        drop(release);
+        while bounded(&disks, "sda", |_| ()).await.is_none() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(bounded(&disks, "sda", |_| panic!("a bug")).await, None::<()>);
+        while bounded(&disks, "sda", |_| ()).await.is_none() {
+            tokio::task::yield_now().await;
         }
     }
 }

@@ -4,7 +4,7 @@
 use std::{
     fs,
     os::unix::process::CommandExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -136,4 +136,77 @@ async fn a_kill_at_any_moment_of_a_claim_leaves_a_disk_that_is_claimed_by_the_ne
     until_ready(&driver, disks).await;
     assert_eq!(fs::read_dir(lab.path("driver/state/formatting")).unwrap().count(), 0);
     driver.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mounted_disk_whose_name_is_gone_for_a_moment_stays_in_use() {
+    let lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    until_ready(&driver, 2).await;
+    let link = lab.path("disks/0");
+    let said = |what: &str| fs::read_to_string(driver.node_log()).unwrap().contains(what);
+    fs::remove_file(&link).unwrap();
+    until("said", || async { said("no selector matches the disk any more: it stays in use").then_some(()) }).await;
+    let place = volume(&lab, &driver, "meanwhile", 64 * MIB).await;
+    std::os::unix::fs::symlink(lab.device(0), &link).unwrap();
+    until("said", || async { said("the disk is selected again").then_some(()) }).await;
+    until_ready(&driver, 2).await;
+    assert!(!said("DiskFailed"), "it was here all the time");
+    driver.client.delete(&place.id).await.unwrap();
+    driver.stop();
+}
+
+/// Partitions go with this: the loop device would keep them.
+struct Partitions<'a>(&'a Path);
+
+impl Drop for Partitions<'_> {
+    fn drop(&mut self) {
+        lockstep_native::succeeds("partx", &["--delete", text(self.0)]);
+    }
+}
+
+/// A disk of the lab in two partitions, which take its place under `disks`.
+fn partition<'a>(lab: &'a Lab, number: usize) -> Partitions<'a> {
+    let device = lab.device(number);
+    run("sh", &["-c", &format!("printf 'label: gpt\n,1100M\n,1100M\n' | sfdisk --quiet --no-reread {}", text(device))]);
+    fs::remove_file(lab.path(&format!("disks/{number}"))).unwrap();
+    let partitions = Partitions(device);
+    lockstep_native::succeeds("partx", &["--delete", text(device)]);
+    run("partx", &["--add", text(device)]);
+    for part in 1..=2 {
+        let link = lab.path(&format!("disks/{number}-part{part}"));
+        std::os::unix::fs::symlink(format!("{}p{part}", text(device)), link).unwrap();
+    }
+    partitions
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_partitions_of_a_disk_are_no_pair_and_partitions_of_two_disks_are() {
+    let lab = Lab::new(2, 2300);
+    let first = partition(&lab, 0);
+    let second = partition(&lab, 1);
+    let links = [0, 1].map(|part| lab.path(&format!("disks/1-part{}", part + 1)));
+    for (at, link) in links.iter().enumerate() {
+        fs::rename(link, lab.path(&format!("away{at}"))).unwrap();
+    }
+    let mut driver = Driver::start(&lab).await;
+    until_ready(&driver, 2).await;
+    let refused = driver.client.create("pair", 64 * MIB, Some("ext4")).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::ResourceExhausted, "{refused}");
+    fs::rename(lab.path("away1"), &links[1]).unwrap();
+    until_ready(&driver, 3).await;
+    let place = volume(&lab, &driver, "pair", 64 * MIB).await;
+    place.up(&driver.client).await.unwrap();
+    place.down(&driver.client).await.unwrap();
+    driver.stop();
+    reboot_all(&lab);
+    drop((first, second));
+}
+
+fn reboot_all(lab: &Lab) {
+    for line in lab.left_over() {
+        if let Some(point) = line.split(' ').nth(1).filter(|point| point.starts_with('/')) {
+            lockstep_native::succeeds("umount", &[point]);
+        }
+    }
 }
