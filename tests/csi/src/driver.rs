@@ -70,6 +70,8 @@ impl Driver {
         let mut driver = Self { node: None, controller: None, client, store, dir };
         driver.start_node().await;
         driver.start_controller().await;
+        // Ready is who answers; what the disks are is said a moment later.
+        until("an object for each disk", || async { (driver.disks().await.len() >= lab.disks()).then_some(()) }).await;
         driver
     }
 

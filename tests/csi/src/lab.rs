@@ -52,6 +52,11 @@ impl Lab {
         self.dir.path().join(name)
     }
 
+    /// How many disks there are.
+    pub fn disks(&self) -> usize {
+        self.disks.len()
+    }
+
     /// A disk's block device.
     pub fn device(&self, number: usize) -> &Path {
         &self.disks[number]
