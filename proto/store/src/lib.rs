@@ -3,7 +3,7 @@
 //! ```text
 //! controller --\                                    one YAML file an object (standalone)
 //!               >--- Store: get list create update delete changes
-//! node -------/                                     the Kubernetes API, with its own issue
+//! node -------/                                     the Kubernetes API, later
 //! ```
 //! Controller and node meet only here and never know which of the two they have. The semantics are those of the Kubernetes API:
 //! - a created object gets a UID, a resourceVersion and a creation time; creating a name that exists is refused;

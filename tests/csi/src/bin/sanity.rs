@@ -13,10 +13,10 @@ use lockstep_csi_tests::{
 
 /// Why csi-sanity skips tests: a word of its reason, and what we say to that. None of them is a capability that we claim.
 const UNCLAIMED: [(&str, &str); 8] = [
-    ("health", "the health calls come with their issue"),
+    ("health", "the health calls are not offered yet"),
     ("modify", "parameters cannot be changed yet"),
-    ("cloning", "clones come with their issue"),
-    ("snapshot", "snapshots come with their issue"),
+    ("cloning", "clones are not offered yet"),
+    ("snapshot", "snapshots are not offered yet"),
     ("groupcontroller", "groups of snapshots are not offered"),
     ("controllerpublish", "a local volume is not attached: attachRequired is false"),
     ("controllerunpublish", "a local volume is not attached: attachRequired is false"),
