@@ -1,6 +1,6 @@
 //! Which nodes have room for a volume.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use kube::Resource;
 use lockstep_proto::{
@@ -28,17 +28,21 @@ impl Nodes {
         if let Some(error) = listing.unreadable.into_iter().next() {
             return Err(error.into());
         }
-        // The free bytes of each physical disk: of its parts the best one counts, since two parts of one disk are not a pair.
-        let mut disks: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
+        // Physical disks with their free bytes: of what shares one the best counts, since two parts of one disk are not a pair.
+        let mut disks: BTreeMap<String, Vec<(BTreeSet<String>, u64)>> = BTreeMap::new();
         for disk in listing.objects {
             let of_node = disks.entry(disk.spec.node.clone()).or_default();
             let identity = disk.status.as_ref().and_then(|status| status.identity.as_ref());
             if let (Some(free), Some(identity)) = (free(&disk), identity) {
-                let best = of_node.entry(identity.physical.clone()).or_default();
-                *best = free.max(*best);
+                let (mut parts, mut best) = (identity.physical_disks().map(str::to_owned).collect::<BTreeSet<_>>(), free);
+                for (shared, free) in of_node.extract_if(.., |(other, _)| !other.is_disjoint(&parts)).collect::<Vec<_>>() {
+                    parts.extend(shared);
+                    best = best.max(free);
+                }
+                of_node.push((parts, best));
             }
         }
-        let room = |free: BTreeMap<String, u64>| capacity(&free.into_values().collect::<Vec<_>>());
+        let room = |free: Vec<(BTreeSet<String>, u64)>| capacity(&free.into_iter().map(|(_, free)| free).collect::<Vec<_>>());
         Ok(Self(disks.into_iter().map(|(node, free)| (node, room(free))).collect()))
     }
 
@@ -102,11 +106,16 @@ mod tests {
             // More than it has, because it shrank: nothing is free.
             disk("c", "one", DiskPhase::Ready, 1, 2),
             LocalDisk::new("new", LocalDiskSpec { node: "d".into() }),
+            // A device over two disks is no pair with either.
+            disk("f", "one", DiskPhase::Ready, 4, 0),
+            disk("f", "two", DiskPhase::Ready, 4, 0),
+            disk("f", "one + two", DiskPhase::Ready, 8, 0),
         ];
         let nodes = Nodes::of(Listing { objects, unreadable: Vec::new() }).unwrap();
         assert_eq!(nodes.get("a"), Some(Capacity { maximum_volume_bytes: 3 * GIB, available_bytes: 3 * GIB }));
         assert_eq!((nodes.get("c"), nodes.get("d"), nodes.get("e")), (Some(Capacity::default()), Some(Capacity::default()), None));
+        assert_eq!(nodes.get("f"), Some(Capacity::default()));
         assert_eq!(nodes.total(), Capacity { maximum_volume_bytes: 7 * GIB, available_bytes: 10 * GIB });
-        assert_eq!(nodes.by_room(), ["b", "a", "c", "d"]);
+        assert_eq!(nodes.by_room(), ["b", "a", "c", "d", "f"]);
     }
 }

@@ -7,6 +7,7 @@
 
 use std::{fs::File, path::Path};
 
+use lockstep_datapath::isolated;
 use lockstep_proto::objects::{FormatState, FormatStatus, FsType};
 use tracing::info;
 
@@ -26,6 +27,12 @@ pub fn name(fs_type: FsType) -> &'static str {
 
 /// What is on a device: type and UUID. `None`: no signature at all. Blocks.
 fn signature(device: &Path) -> Result<Option<(String, String)>, Error> {
+    let device = device.to_owned();
+    // It is read here, and this process serves it.
+    isolated(move || signature_here(&device))
+}
+
+fn signature_here(device: &Path) -> Result<Option<(String, String)>, Error> {
     let reading = || Error::io(format!("reading {}", device.display()));
     let file = File::open(device).map_err(reading())?;
     match probe::found(device, &file) {

@@ -55,10 +55,17 @@ pub struct DiskIdentity {
     /// The model, where it says one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
-    /// The whole disk: two partitions of one disk are not a pair.
+    /// The whole disk, or all whole disks that it is made of (` + ` between them): two that share one are not a pair.
     pub physical: String,
     /// Its size.
     pub size_bytes: u64,
+}
+
+impl DiskIdentity {
+    /// The whole disks that it is made of.
+    pub fn physical_disks(&self) -> impl Iterator<Item = &str> {
+        self.physical.split(" + ")
+    }
 }
 
 /// How far a disk is.

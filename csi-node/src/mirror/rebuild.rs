@@ -139,7 +139,7 @@ impl<S: Store> Node<S> {
         let bytes = status.blocks * BLOCK_SIZE;
         let survivor = status.legs[slot.other().index()].id;
         let survivors_disk = open.disk_of(survivor).and_then(|name| self.disks.get(&name)).map(|disk| disk.identity.physical);
-        let avoid = |disk: &Disk| Some(&disk.identity.physical) == survivors_disk.as_ref();
+        let avoid = |disk: &Disk| survivors_disk.as_ref().is_some_and(|physical| disk.shares_a_disk_with(physical));
         let reserve = || self.disks.reserve(1, bytes + OVERHEAD, avoid).and_then(|mut reserved| reserved.pop());
         let mut reserved = reserve();
         if reserved.is_none() {
