@@ -58,8 +58,11 @@ async fn a_lost_disk_is_replaced_by_a_new_one_under_load_and_the_old_copy_goes_w
     let message = &degraded.conditions.iter().find(|condition| condition.type_ == "Degraded").unwrap().message;
     assert!(message.contains("add a disk"), "{message}");
     assert_eq!((degraded.legs[0].state, degraded.legs[1].state), (LegState::In, LegState::Out));
-    let disk = driver.disks().await.into_iter().find(|disk| disk.metadata.name.as_ref() == Some(&lost_name)).unwrap();
-    assert_eq!(disk.status.unwrap().phase, DiskPhase::Failed);
+    until("the disk said to have failed", || async {
+        let disk = driver.disks().await.into_iter().find(|disk| disk.metadata.name.as_ref() == Some(&lost_name))?;
+        (disk.status?.phase == DiskPhase::Failed).then_some(())
+    })
+    .await;
     let log = fs::read_to_string(driver.node_log()).unwrap();
     assert!(log.contains("MirrorDegraded") && log.contains("DiskFailed"), "{log}");
 
