@@ -9,7 +9,7 @@ use std::{
 };
 
 use lockstep_core::{
-    assembly::{Assembly, assemble},
+    assembly::{Assembly, Limits, assemble},
     format,
     io::{Effects, Fill, Notice, Request},
     status::{LegState, Status},
@@ -170,6 +170,7 @@ fn open(spec: &VolumeSpec) -> Result<Opened, Error> {
         force: spec.force,
         seed: uuid::Uuid::new_v4().as_u128(),
         now: Instant(0),
+        limits: Limits::default(),
     };
     let mut effects = Effects::new();
     let assembled = assemble(&assembly, &mut effects)?;

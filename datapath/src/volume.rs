@@ -81,6 +81,8 @@ enum Answer {
 struct Entry {
     pending: Pending,
     payload: Option<(Rc<Buffer>, usize)>,
+    /// How often its memory was left to a late I/O.
+    renewed: u64,
 }
 
 struct Volume {
@@ -90,7 +92,8 @@ struct Volume {
     witness: Arc<std::fs::File>,
     fuse: Connection,
     entries: RefCell<HashMap<Tag, Entry>>,
-    copies: RefCell<[Option<Rc<Buffer>>; COPY_WINDOW as usize]>,
+    /// The mirror's own buffers, and how often each was released.
+    copies: RefCell<[(Option<Rc<Buffer>>, u64); COPY_WINDOW as usize]>,
     born: std::time::Instant,
     blocks: Cell<u64>,
     next_command: Cell<u64>,
@@ -210,18 +213,23 @@ impl Volume {
                 Effect::Leg { slot, io, op } => {
                     let volume = Rc::clone(self);
                     let files = self.legs.borrow()[slot.index()].clone();
-                    let copy = match &op {
-                        io::LegOp::Read { buffer: io::Buffer::Copy { index, .. }, .. } => Some(usize::from(*index)),
-                        _ => None,
-                    };
-                    match copy.filter(|index| self.copies.borrow()[*index].is_none()) {
-                        // The copy's first effect: its buffer comes to life, perhaps after a wait.
-                        Some(index) => drop(tokio_uring::spawn(async move {
-                            let buffer = volume.pool.get(Class::Copy).await;
-                            volume.copies.borrow_mut()[index] = Some(Rc::new(buffer));
-                            let op = volume.prepare(op);
-                            volume.leg_io(files, io, op).await;
-                        })),
+                    match self.unborn(&op) {
+                        // A buffer comes to life, perhaps after a wait.
+                        Some((buffer, class)) => {
+                            let life = self.life(buffer);
+                            drop(tokio_uring::spawn(async move {
+                                let memory = Rc::new(volume.pool.get(class).await);
+                                // Its leg may have gone OUT meanwhile: then it is late, and the memory is its own.
+                                if volume.life(buffer) == life {
+                                    volume.give(buffer, &memory);
+                                }
+                                let op = Prepared::new(op, |buffer, range| {
+                                    let (io::Buffer::Request { skip, .. } | io::Buffer::Copy { skip, .. }) = buffer;
+                                    Window::new(memory, (skip * BLOCK_SIZE) as usize, range.byte_len() as usize)
+                                });
+                                volume.leg_io(files, io, op).await;
+                            }));
+                        }
                         None => {
                             let op = self.prepare(op);
                             drop(tokio_uring::spawn(async move { volume.leg_io(files, io, op).await }));
@@ -243,8 +251,51 @@ impl Volume {
                 }
                 Effect::Complete { tag, result } => self.complete(tag, result),
                 Effect::Release { tag } => drop(self.entries.borrow_mut().remove(&tag)),
-                Effect::ReleaseCopy { index } => self.copies.borrow_mut()[usize::from(index)] = None,
+                Effect::NewBuffer { tag } => {
+                    if let Some(entry) = self.entries.borrow_mut().get_mut(&tag) {
+                        entry.payload = None;
+                        entry.renewed += 1;
+                    }
+                }
+                Effect::ReleaseCopy { index } => {
+                    let copy = &mut self.copies.borrow_mut()[usize::from(index)];
+                    *copy = (None, copy.1 + 1);
+                }
                 Effect::Notice(notice) => self.notice(notice),
+            }
+        }
+    }
+
+    /// The buffer that a read is to fill and that has no memory yet: the first piece of a copy, or a read that goes on without the memory that
+    /// a late I/O has.
+    fn unborn(&self, op: &io::LegOp) -> Option<(io::Buffer, Class)> {
+        let io::LegOp::Read { buffer, .. } = op else { return None };
+        match buffer {
+            io::Buffer::Copy { index, .. } => self.copies.borrow()[usize::from(*index)].0.is_none().then_some((*buffer, Class::Copy)),
+            io::Buffer::Request { tag, .. } => match self.entries.borrow().get(tag) {
+                Some(Entry { pending: Pending::Fuse { answer: Answer::Payload(len), .. }, payload: None, .. }) => {
+                    Some((*buffer, if *len <= Class::Small.bytes() { Class::Small } else { Class::Large }))
+                }
+                _ => None,
+            },
+        }
+    }
+
+    /// Tells the lives of a buffer's name apart; `None`: it has none.
+    fn life(&self, buffer: io::Buffer) -> Option<u64> {
+        match buffer {
+            io::Buffer::Copy { index, .. } => Some(self.copies.borrow()[usize::from(index)].1),
+            io::Buffer::Request { tag, .. } => self.entries.borrow().get(&tag).map(|entry| entry.renewed),
+        }
+    }
+
+    fn give(&self, buffer: io::Buffer, memory: &Rc<Buffer>) {
+        match buffer {
+            io::Buffer::Copy { index, .. } => self.copies.borrow_mut()[usize::from(index)].0 = Some(Rc::clone(memory)),
+            io::Buffer::Request { tag, .. } => {
+                if let Some(entry) = self.entries.borrow_mut().get_mut(&tag) {
+                    entry.payload = Some((Rc::clone(memory), 0));
+                }
             }
         }
     }
@@ -268,7 +319,7 @@ impl Volume {
                 }
                 io::Buffer::Copy { index, skip } => {
                     let copies = self.copies.borrow();
-                    (Rc::clone(copies[usize::from(index)].as_ref().expect("a copy is read before it is written")), 0, skip)
+                    (Rc::clone(copies[usize::from(index)].0.as_ref().expect("a copy is read before it is written")), 0, skip)
                 }
             };
             Window::new(memory, start + (skip * BLOCK_SIZE) as usize, range.byte_len() as usize)
@@ -342,6 +393,10 @@ impl Volume {
                 () = self.rearm.notified() => {}
             }
             if deadline.is_some_and(|at| at <= self.now()) {
+                // What the ring has is delivered first: its poll, the completions, their tasks.
+                for _ in 0..3 {
+                    tokio::task::yield_now().await;
+                }
                 self.handle(Event::Tick);
             }
             self.publish();
@@ -355,7 +410,7 @@ impl Volume {
             let _ = reply.send(Err(Errno::EIO));
             return;
         }
-        self.entries.borrow_mut().insert(tag, Entry { pending: Pending::Command(Some(reply)), payload: None });
+        self.entries.borrow_mut().insert(tag, Entry { pending: Pending::Command(Some(reply)), payload: None, renewed: 0 });
         self.handle(Event::Submit { tag, request });
         self.publish();
     }
@@ -502,7 +557,7 @@ impl Volume {
             return self.fuse.reply(unique, libc::EIO, &[]);
         }
         let tag = Tag(unique);
-        self.entries.borrow_mut().insert(tag, Entry { pending: Pending::Fuse { unique, answer }, payload });
+        self.entries.borrow_mut().insert(tag, Entry { pending: Pending::Fuse { unique, answer }, payload, renewed: 0 });
         self.handle(Event::Submit { tag, request });
     }
 }

@@ -29,6 +29,21 @@ pub struct Assembly<'a> {
     pub seed: u128,
     /// Now.
     pub now: Instant,
+    /// What the mirror bounds itself by.
+    pub limits: Limits,
+}
+
+/// What a mirror bounds itself by. The defaults are for production; tests make them small.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Limits {
+    /// A leg that has not reported an I/O for so long, while the loop ran, goes OUT (mirror rule 27).
+    pub leg_deadline_millis: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { leg_deadline_millis: 30_000 }
+    }
 }
 
 /// A running mirror and where its legs were found.
@@ -134,7 +149,6 @@ pub fn assemble(assembly: &Assembly<'_>, out: &mut Effects) -> Result<Assembled,
             state,
             seen: here.map_or(record.name, |here| here.superblock.record.name),
             superblock_slot: here.map_or(0, |here| here.slot),
-            outstanding: 0,
             reads: 0,
             read_end: 0,
             repairs: 0,
@@ -165,6 +179,7 @@ pub fn assemble(assembly: &Assembly<'_>, out: &mut Effects) -> Result<Assembled,
         bitmap,
         seed: assembly.seed,
         now: assembly.now,
+        limits: assembly.limits,
     };
     Ok(Assembled { mirror: Mirror::start(start, out), slots, returning, foreign })
 }

@@ -79,7 +79,8 @@ pub enum Event {
         /// How it ended.
         outcome: Outcome,
     },
-    /// `Mirror::next_deadline` has come.
+    /// `Mirror::next_deadline` has come. The shell delivers every completion that has arrived before it: what a tick finds outstanding may be
+    /// judged late (mirror rule 27). It may come as late as it likes: the deadlines of leg I/O count at most one step for each tick.
     Tick,
 }
 
@@ -175,12 +176,19 @@ pub enum Effect {
         /// With what.
         result: Result<(), Errno>,
     },
-    /// The mirror will not name this tag or its buffer again. Comes exactly once for each tag, not before `Complete`.
+    /// The mirror will not name this tag or its buffer again. Comes exactly once for each tag, not before `Complete`. I/O of a leg that is OUT
+    /// may still be in flight and keeps its memory until it ends (mirror rule 27).
     Release {
         /// Who.
         tag: Tag,
     },
-    /// The mirror's own buffer is free: its content is not needed any more.
+    /// Another buffer for this tag, as large: what it had belongs to a late read until that ends, whatever becomes of the tag (mirror rule
+    /// 27). Comes before the effect that names the new one.
+    NewBuffer {
+        /// Who.
+        tag: Tag,
+    },
+    /// The mirror's own buffer is free: its content is not needed any more. I/O that is still in flight keeps its memory.
     ReleaseCopy {
         /// Which.
         index: u8,

@@ -174,6 +174,8 @@ impl Errno {
     pub const ENOSPC: Self = Self(28);
     /// Read-only: a flush failed on every leg, nothing more is accepted.
     pub const EROFS: Self = Self(30);
+    /// It did not end in time.
+    pub const ETIMEDOUT: Self = Self(110);
     /// The mirror was stopped.
     pub const ESHUTDOWN: Self = Self(108);
     /// Remote I/O error.
@@ -194,6 +196,7 @@ impl fmt::Debug for Errno {
             Self::EINVAL => "EINVAL",
             Self::ENOSPC => "ENOSPC",
             Self::EROFS => "EROFS",
+            Self::ETIMEDOUT => "ETIMEDOUT",
             Self::ESHUTDOWN => "ESHUTDOWN",
             Self::EREMOTEIO => "EREMOTEIO",
             Self::ECANCELED => "ECANCELED",

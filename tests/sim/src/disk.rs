@@ -15,6 +15,8 @@ pub struct Disk {
     pub cache: BTreeMap<u64, u64>,
     /// The leg's metadata.
     pub meta: Vec<u8>,
+    /// What it was given does not end; it is late when this is over.
+    pub hung: bool,
     /// Every I/O fails.
     pub dead: bool,
     /// Reads of these blocks fail until they are written.

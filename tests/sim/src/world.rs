@@ -3,15 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use lockstep_core::{
-    Mirror,
-    assembly::{Assembly, Refusal, assemble},
+    COPY_BLOCKS, Mirror,
+    assembly::{Assembly, Limits, Refusal, assemble},
     format,
     io::{Buffer, Effect, Effects, Event, Fill, LegOp, Notice, Outcome, Request},
     status::{LegState, Sync},
-    units::{BLOCK_SIZE, BlockRange, Epoch, Errno, Instant, IoId, LegId, Slot, Tag, VolumeId},
+    units::{BlockRange, Epoch, Errno, Instant, IoId, LegId, Slot, Tag, VolumeId},
 };
 
-use crate::disk::Disk;
+use crate::{disk::Disk, performing::tear_page};
 
 /// Blocks of the simulated volume: two regions and a bit.
 pub const BLOCKS: u64 = 2 * 4096 + 64;
@@ -39,10 +39,20 @@ impl Rng {
     }
 }
 
+/// A piece of memory. A name (a tag, a copy's index) means one at a time, and another one later.
+pub(crate) type Memory = u64;
+
 #[derive(Clone, Debug)]
-enum Work {
-    /// With the blocks and tokens that a write brings, or that a flush found in the cache when it was issued.
-    Leg(Slot, LegOp, Vec<(u64, u64)>),
+pub(crate) struct Data {
+    /// The blocks and tokens that a write brings, or that a flush found in the cache when it was issued.
+    pub(crate) blocks: Vec<(u64, u64)>,
+    /// What it was issued with, whatever the name of that means by now (mirror rule 27).
+    pub(crate) memory: Memory,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Work {
+    Leg(Slot, LegOp, Data),
     Witness(u64, Vec<u8>),
 }
 
@@ -73,15 +83,21 @@ pub struct World {
     pub force: Option<LegId>,
     /// See `force`.
     pub seen_epoch: Option<Epoch>,
+    /// What the mirror bounds itself by, from the next assembly on.
+    pub limits: Limits,
     /// The mirror under test.
     pub mirror: Mirror,
     now: Instant,
-    work: BTreeMap<IoId, Work>,
+    pub(crate) work: BTreeMap<IoId, Work>,
+    /// Work of a process that was killed, still on its way on a disk that hangs.
+    zombies: Vec<Work>,
     asked: BTreeMap<Tag, Asked>,
-    buffers: BTreeMap<Tag, Vec<u64>>,
+    pub(crate) memory: BTreeMap<Memory, Vec<u64>>,
+    next_memory: Memory,
+    buffers: BTreeMap<Tag, Memory>,
     last_read: BTreeMap<Tag, u64>,
     zeroed: BTreeSet<u64>,
-    copies: Vec<Vec<u64>>,
+    copies: [Option<Memory>; 4],
     next_tag: u64,
     next_token: u64,
     /// By block: the newest acked write, and the newest that was acked and flushed.
@@ -94,6 +110,12 @@ pub struct World {
     trace: Vec<String>,
 }
 
+/// How many blocks into its memory a buffer begins.
+pub(crate) fn skipped(buffer: Buffer) -> u64 {
+    let (Buffer::Request { skip, .. } | Buffer::Copy { skip, .. }) = buffer;
+    skip
+}
+
 fn leg_id(slot: Slot) -> LegId {
     LegId([slot.index() as u8 + 1; 16])
 }
@@ -101,11 +123,17 @@ fn leg_id(slot: Slot) -> LegId {
 impl World {
     /// A new volume, assembled.
     pub fn new(seed: u64) -> Self {
+        Self::with_limits(seed, Limits::default())
+    }
+
+    /// A new volume, assembled to bound itself like this.
+    pub fn with_limits(seed: u64, limits: Limits) -> Self {
         let legs = [leg_id(Slot::A), leg_id(Slot::B)];
         let disk = |slot| Disk {
             durable: BTreeMap::new(),
             cache: BTreeMap::new(),
             meta: format::new_leg(VOLUME, legs, leg_id(slot), BLOCKS)[..META].to_vec(),
+            hung: false,
             dead: false,
             bad: BTreeSet::new(),
             full: false,
@@ -114,7 +142,7 @@ impl World {
         let disks = [disk(Slot::A), disk(Slot::B)];
         let witness = format::new_witness(VOLUME, legs, BLOCKS);
         let mut rng = Rng(seed);
-        let (mirror, out) = start(&disks, Some(&witness), None, None, &mut rng).expect("a new volume assembles");
+        let (mirror, out) = start(&disks, Some(&witness), None, None, limits, &mut rng).expect("a new volume assembles");
         let mut world = Self {
             rng,
             disks,
@@ -124,14 +152,18 @@ impl World {
             force: None,
             seen_epoch: None,
             stuck: BTreeSet::new(),
+            limits,
             mirror,
             now: Instant(0),
             work: BTreeMap::new(),
+            zombies: Vec::new(),
             asked: BTreeMap::new(),
+            memory: BTreeMap::new(),
+            next_memory: 0,
             buffers: BTreeMap::new(),
             last_read: BTreeMap::new(),
             zeroed: BTreeSet::new(),
-            copies: vec![Vec::new(); 4],
+            copies: [None; 4],
             next_tag: 1,
             next_token: 1,
             acked: BTreeMap::new(),
@@ -162,11 +194,18 @@ impl World {
             match effect {
                 Effect::Leg { slot, io, op } => {
                     self.trace.push(format!("  {io:?} {slot:?} {}", brief(&op)));
-                    let data = match &op {
-                        LegOp::Write { range, buffer, .. } => (range.start..range.end).zip(self.buffer(*buffer, range.len())).collect(),
+                    let memory = match &op {
+                        LegOp::Write { buffer, .. } | LegOp::Read { buffer, .. } => self.named(*buffer),
+                        _ => 0,
+                    };
+                    let blocks = match &op {
+                        LegOp::Write { range, buffer, .. } => {
+                            (range.start..range.end).zip(self.bytes(memory, *buffer, range.len())).collect()
+                        }
                         LegOp::Flush => self.disks[slot.index()].cache.iter().map(|(block, token)| (*block, *token)).collect(),
                         _ => Vec::new(),
                     };
+                    let data = Data { blocks, memory };
                     if let LegOp::Write { range, .. } | LegOp::Zero { range } = &op {
                         for work in self.work.values() {
                             if let Work::Leg(s, LegOp::Write { range: r, .. } | LegOp::Zero { range: r }, _) = work {
@@ -174,6 +213,7 @@ impl World {
                             }
                         }
                     }
+                    self.assert_memory_free(&op, memory);
                     self.work.insert(io, Work::Leg(slot, op, data));
                 }
                 Effect::WriteWitness { io, offset, page } => {
@@ -185,7 +225,12 @@ impl World {
                     assert!(self.answers.contains_key(&tag), "{tag:?} released before it was answered");
                     self.buffers.remove(&tag);
                 }
-                Effect::ReleaseCopy { index } => self.copies[index as usize].clear(),
+                Effect::NewBuffer { tag } => {
+                    let len = self.memory[&self.buffers[&tag]].len();
+                    let memory = self.allocate(vec![u64::MAX; len]);
+                    self.buffers.insert(tag, memory);
+                }
+                Effect::ReleaseCopy { index } => self.copies[index as usize] = None,
                 Effect::Notice(notice) => {
                     self.trace.push(format!("  ! {notice:?}"));
                     self.notices.push(notice);
@@ -194,12 +239,35 @@ impl World {
         }
     }
 
-    fn buffer(&self, buffer: Buffer, len: u64) -> Vec<u64> {
-        let (data, skip) = match buffer {
-            Buffer::Request { tag, skip } => (&self.buffers[&tag], skip),
-            Buffer::Copy { index, skip } => (&self.copies[index as usize], skip),
-        };
-        data[skip as usize..(skip + len) as usize].to_vec()
+    fn allocate(&mut self, content: Vec<u64>) -> Memory {
+        if self.memory.len() > 512 {
+            let used = self.work.values().filter_map(|work| if let Work::Leg(.., data) = work { Some(data.memory) } else { None });
+            let used: BTreeSet<Memory> = used.chain(self.buffers.values().copied()).chain(self.copies.into_iter().flatten()).collect();
+            self.memory.retain(|memory, _| {
+                used.contains(memory) || self.zombies.iter().any(|z| matches!(z, Work::Leg(.., d) if d.memory == *memory))
+            });
+        }
+        self.next_memory += 1;
+        self.memory.insert(self.next_memory, content);
+        self.next_memory
+    }
+
+    /// The memory that a name means now; a copy's comes to life when it is named.
+    fn named(&mut self, buffer: Buffer) -> Memory {
+        match buffer {
+            Buffer::Request { tag, .. } => self.buffers[&tag],
+            Buffer::Copy { index, .. } => {
+                let memory = self.copies[index as usize].unwrap_or_else(|| self.allocate(vec![u64::MAX; COPY_BLOCKS as usize]));
+                self.copies[index as usize] = Some(memory);
+                memory
+            }
+        }
+    }
+
+    /// What a part of a buffer holds.
+    pub(crate) fn bytes(&self, memory: Memory, buffer: Buffer, len: u64) -> Vec<u64> {
+        let skip = skipped(buffer);
+        self.memory[&memory][skip as usize..(skip + len) as usize].to_vec()
     }
 
     fn complete(&mut self, tag: Tag, result: Result<(), Errno>) {
@@ -220,9 +288,10 @@ impl World {
                 }
             }
             Some(Asked::Read { range, floor }) => {
-                self.last_read.insert(tag, self.buffers[&tag][0]);
+                let found = &self.memory[&self.buffers[&tag]];
+                self.last_read.insert(tag, found[0]);
                 for (i, block) in (range.start..range.end).enumerate() {
-                    let got = self.buffers[&tag][i];
+                    let got = found[i];
                     // A discard has no token: zeroes are right for ever where there was one.
                     let zero = got == 0 && self.zeroed.contains(&block);
                     assert!(zero || got >= floor[i], "block {block} read {got}, but {} was acked before", floor[i]);
@@ -242,7 +311,8 @@ impl World {
         let tag = Tag(self.next_tag);
         self.next_tag += 1;
         self.asked.insert(tag, asked);
-        self.buffers.insert(tag, buffer);
+        let memory = self.allocate(buffer);
+        self.buffers.insert(tag, memory);
         self.handle(Event::Submit { tag, request });
         tag
     }
@@ -310,7 +380,12 @@ impl World {
     /// Ends one piece of work as its disk would.
     pub fn finish(&mut self, io: IoId) {
         let Some(work) = self.work.remove(&io) else { return };
-        let outcome = match work {
+        let outcome = self.outcome(work);
+        self.handle(Event::Done { io, outcome });
+    }
+
+    fn outcome(&mut self, work: Work) -> Outcome {
+        match work {
             Work::Witness(..) if self.witness_fails > 0 => {
                 self.witness_fails -= 1;
                 Outcome::Failed(Errno::EIO)
@@ -321,8 +396,7 @@ impl World {
             }
             Work::Leg(slot, _, _) if self.disks[slot.index()].dead => Outcome::Failed(Errno::EIO),
             Work::Leg(slot, op, data) => self.perhaps_flaky(slot, op, &data),
-        };
-        self.handle(Event::Done { io, outcome });
+        }
     }
 
     /// Ends one piece of work like this; its disk does nothing.
@@ -331,95 +405,11 @@ impl World {
         self.handle(Event::Done { io, outcome });
     }
 
-    /// A host fault or a short count, now and then (mirror rule 6).
-    fn perhaps_flaky(&mut self, slot: Slot, op: LegOp, data: &[(u64, u64)]) -> Outcome {
-        if self.flaky == 0 || !self.rng.once_in(self.flaky) {
-            return self.leg_op(slot, op, data);
-        }
-        match op {
-            LegOp::Read { range, .. } | LegOp::Write { range, .. } if range.len() > 1 && self.rng.once_in(2) => {
-                let done = self.rng.below(range.len());
-                let part = BlockRange::new(range.start, range.start + done);
-                let short = match op {
-                    LegOp::Read { buffer, .. } => LegOp::Read { range: part, buffer },
-                    LegOp::Write { buffer, fua, .. } => LegOp::Write { range: part, buffer, fua },
-                    other => other,
-                };
-                match self.leg_op(slot, short, data) {
-                    // Not even whole blocks.
-                    Outcome::Done(bytes) => Outcome::Done(bytes + 512 * self.rng.below(8)),
-                    failed => failed,
-                }
-            }
-            _ => Outcome::Failed([Errno::EAGAIN, Errno::EINTR][self.rng.below(2) as usize]),
-        }
-    }
-
-    fn leg_op(&mut self, slot: Slot, op: LegOp, data: &[(u64, u64)]) -> Outcome {
-        let disk = &mut self.disks[slot.index()];
-        match op {
-            LegOp::Read { range, .. } if disk.bad.range(range.start..range.end).next().is_some() => Outcome::Failed(Errno::EIO),
-            LegOp::Write { .. } | LegOp::Zero { .. } if disk.full => Outcome::Failed(Errno::ENOSPC),
-            LegOp::WriteMeta { .. } if disk.meta_fails => Outcome::Failed(Errno::EIO),
-            LegOp::Read { range, buffer } => {
-                let values: Vec<u64> = (range.start..range.end).map(|block| disk.read(block)).collect();
-                let (target, skip) = match buffer {
-                    Buffer::Request { tag, skip } => (self.buffers.entry(tag).or_default(), skip as usize),
-                    Buffer::Copy { index, skip } => (&mut self.copies[index as usize], skip as usize),
-                };
-                target.resize(target.len().max(skip + values.len()), 0);
-                target[skip..skip + values.len()].copy_from_slice(&values);
-                Outcome::Done(range.len() * BLOCK_SIZE)
-            }
-            LegOp::Write { range, fua, .. } => {
-                if fua {
-                    // A flush that is under way must not bring back what it found in the cache there.
-                    for work in self.work.values_mut() {
-                        if let Work::Leg(on, LegOp::Flush, found) = work
-                            && *on == slot
-                        {
-                            found.retain(|(block, _)| !(range.start..range.end).contains(block));
-                        }
-                    }
-                }
-                for &(block, token) in &data[..range.len() as usize] {
-                    disk.write(block, token, fua);
-                }
-                disk.bad.retain(|block| !(range.start..range.end).contains(block));
-                Outcome::Done(range.byte_len())
-            }
-            LegOp::Zero { range } => {
-                disk.cache.extend((range.start..range.end).map(|block| (block, 0)));
-                Outcome::Done(0)
-            }
-            LegOp::Flush => {
-                disk.flush(data);
-                Outcome::Done(0)
-            }
-            LegOp::NextData { range } => Outcome::Extent(disk.next_data(range)),
-            LegOp::WriteMeta { offset, page } => {
-                let before = disk.dirty_regions();
-                disk.meta[offset as usize..offset as usize + 4096].copy_from_slice(page.as_slice());
-                let cleared: Vec<u64> = before.difference(&self.disks[slot.index()].dirty_regions()).copied().collect();
-                self.assert_durable(&cleared);
-                Outcome::Done(0)
-            }
-        }
-    }
-
-    /// A bit may only land clear when both disks hold the region durably (mirror rule 18).
-    fn assert_durable(&self, regions: &[u64]) {
-        for region in regions {
-            let blocks = region * format::REGION_BLOCKS..(region + 1) * format::REGION_BLOCKS;
-            for disk in &self.disks {
-                assert!(disk.cache.range(blocks.clone()).next().is_none(), "region {region} is clear on disk, but not flushed");
-            }
-        }
-    }
-
     /// Ends a random piece of work; `false`: there is none.
     pub fn step(&mut self) -> bool {
-        let movable: Vec<IoId> = self.work.keys().filter(|io| !self.stuck.contains(io)).copied().collect();
+        let hangs = |work: &Work| matches!(work, Work::Leg(slot, ..) if self.disks[slot.index()].hung);
+        let movable = self.work.iter().filter(|(io, work)| !self.stuck.contains(io) && !hangs(work));
+        let movable: Vec<IoId> = movable.map(|(io, _)| *io).collect();
         if movable.is_empty() {
             return false;
         }
@@ -436,6 +426,16 @@ impl World {
         true
     }
 
+    /// The clock.
+    pub fn now(&self) -> Instant {
+        self.now
+    }
+
+    /// The process is stopped for so long. Nothing it has submitted is reported meanwhile.
+    pub fn sleep(&mut self, millis: u64) {
+        self.now = self.now.plus_millis(millis);
+    }
+
     /// Runs until nothing is left to do, ticking the clock where the mirror waits for it. Panics if it never ends.
     pub fn settle(&mut self) {
         for _ in 0..200_000 {
@@ -444,7 +444,7 @@ impl World {
             }
             let status = self.mirror.status();
             match self.mirror.next_deadline() {
-                Some(_) if status.dirty_regions > 0 || status.sync != Sync::Idle || !status.ready => drop(self.tick()),
+                Some(_) if self.unanswered() || status.dirty_regions > 0 || status.sync != Sync::Idle || !status.ready => drop(self.tick()),
                 _ => {
                     assert!(status.sync == Sync::Idle, "stuck: {status:?}");
                     assert!(self.asked.is_empty(), "requests that never ended: {:?}", self.asked);
@@ -453,6 +453,10 @@ impl World {
             }
         }
         panic!("it never settles: {:?}", self.mirror.status());
+    }
+
+    fn unanswered(&self) -> bool {
+        self.asked.keys().any(|tag| !self.answers.contains_key(tag))
     }
 
     /// Whether both legs are IN and nothing is being made equal.
@@ -475,7 +479,7 @@ impl World {
         self.trace.push("> CRASH".into());
         for work in std::mem::take(&mut self.work).into_values() {
             match work {
-                Work::Leg(slot, op, data) if !self.disks[slot.index()].dead => self.tear(slot, op, &data),
+                Work::Leg(slot, op, data) if !self.disks[slot.index()].dead => self.tear(slot, op, &data.blocks),
                 Work::Leg(..) => {}
                 Work::Witness(..) if self.witness.is_empty() => {}
                 Work::Witness(offset, page) => tear_page(&mut self.rng, &mut self.witness, offset, &page),
@@ -489,35 +493,49 @@ impl World {
                 }
             }
         }
+        self.acked = self.flushed.clone();
+        self.zombies.clear();
+        self.assemble(present)
+    }
+
+    /// The process is killed: the disks keep what they have. What is on its way ends or never came to its disk; on a disk that hangs it ends
+    /// when `land_zombies` says so. Then only the disks in `present` come back: a disk that hangs cannot be fenced, and is not among them.
+    pub fn kill(&mut self, present: [bool; 2]) -> Result<(), Refusal> {
+        self.trace.push("> KILL".into());
+        for work in std::mem::take(&mut self.work).into_values() {
+            match work {
+                Work::Leg(slot, ..) if self.disks[slot.index()].hung => self.zombies.push(work),
+                work if self.rng.once_in(2) => drop(self.outcome(work)),
+                _ => {}
+            }
+        }
+        for slot in Slot::BOTH {
+            assert!(!(present[slot.index()] && self.disks[slot.index()].hung), "a leg with I/O outstanding cannot be fenced");
+        }
+        self.assemble(present)
+    }
+
+    /// The disks do what a process that was killed had asked of them.
+    pub fn land_zombies(&mut self) {
+        for work in std::mem::take(&mut self.zombies) {
+            self.outcome(work);
+        }
+    }
+
+    fn assemble(&mut self, present: [bool; 2]) -> Result<(), Refusal> {
         self.stuck.clear();
         self.asked.clear();
         self.buffers.clear();
-        self.acked = self.flushed.clone();
-        self.copies.iter_mut().for_each(Vec::clear);
+        self.copies = [None; 4];
         for slot in Slot::BOTH {
             self.disks[slot.index()].dead |= !present[slot.index()];
         }
         let witness = (!self.witness.is_empty()).then_some(self.witness.as_slice());
-        let (mirror, out) = start(&self.disks, witness, self.force, self.seen_epoch, &mut self.rng)?;
+        let (mirror, out) = start(&self.disks, witness, self.force, self.seen_epoch, self.limits, &mut self.rng)?;
         self.mirror = mirror;
         self.now = Instant(0);
         self.perform(out);
         Ok(())
-    }
-
-    fn tear(&mut self, slot: Slot, op: LegOp, data: &[(u64, u64)]) {
-        let disk = &mut self.disks[slot.index()];
-        match op {
-            LegOp::WriteMeta { offset, page } => tear_page(&mut self.rng, &mut disk.meta, offset, page.as_slice()),
-            LegOp::Write { range, .. } | LegOp::Zero { range } => {
-                for (i, block) in (range.start..range.end).enumerate() {
-                    if self.rng.once_in(2) {
-                        disk.cache.insert(block, data.get(i).map_or(0, |(_, token)| *token));
-                    }
-                }
-            }
-            LegOp::Read { .. } | LegOp::Flush | LegOp::NextData { .. } => {}
-        }
     }
 
     /// The disk works again, with what it held; its leg comes back as the mirror says.
@@ -545,24 +563,15 @@ fn start(
     witness: Option<&[u8]>,
     force: Option<LegId>,
     seen_epoch: Option<Epoch>,
+    limits: Limits,
     rng: &mut Rng,
 ) -> Result<(Mirror, Effects), Refusal> {
     let metas: Vec<&[u8]> = disks.iter().filter(|disk| !disk.dead).map(|disk| disk.meta.as_slice()).collect();
     let seed = u128::from(rng.below(u64::MAX));
-    let assembly = Assembly { volume: VOLUME, metas: &metas, witness, seen_epoch, force, seed, now: Instant(0) };
+    let assembly = Assembly { volume: VOLUME, metas: &metas, witness, seen_epoch, force, seed, now: Instant(0), limits };
     let mut out = Effects::new();
     let assembled = assemble(&assembly, &mut out)?;
     Ok((assembled.mirror, out))
-}
-
-/// Any part of the page may have come through, in pieces smaller than a record, so that the whole guarantee is the checksum's.
-fn tear_page(rng: &mut Rng, file: &mut [u8], offset: u64, page: &[u8]) {
-    const PIECE: usize = 32;
-    for at in (0..page.len()).step_by(PIECE) {
-        if rng.once_in(2) {
-            file[offset as usize + at..][..PIECE].copy_from_slice(&page[at..at + PIECE]);
-        }
-    }
 }
 
 fn brief(op: &LegOp) -> String {

@@ -36,15 +36,15 @@ impl Stopping {
 
 impl Mirror {
     pub(super) fn submit_attach(&mut self, tag: Tag, slot: Slot, id: LegId, fill: Fill, out: &mut Effects) {
+        // No leg comes back while any I/O ever submitted to it is outstanding (mirror rule 25), also if its place had another leg since.
+        let zombie = self.ios.values().any(|io| io.leg.is_some_and(|(_, old)| old == id));
         let leg = &mut self.legs[slot.index()];
-        // No leg comes back while any I/O ever submitted to it is outstanding (mirror rule 25).
-        let zombie = leg.id == id && leg.outstanding > 0;
         if leg.state != State::Out || zombie || self.attach.is_some() || self.read_only.is_some() {
             return Self::answer(tag, Err(Errno::EBUSY), out);
         }
         if leg.id != id {
             leg.id = id;
-            (leg.outstanding, leg.reads) = (0, 0);
+            leg.reads = 0;
         }
         (leg.repairs, leg.superblock_slot) = (0, 0);
         // Newer than anything that an absent leg may have been given.

@@ -107,11 +107,15 @@ impl Mirror {
         }
     }
 
+    /// One of its legs is not what it was: nothing more is issued for it.
+    fn copy_is_lost(&self, copy: &Copy) -> bool {
+        self.legs[copy.from.index()].state != State::In || !self.legs[copy.to.index()].takes_writes()
+    }
+
     /// Looks for the next piece of a copy, if its legs still are what they were.
     fn next_piece(&mut self, id: EntryId, out: &mut Effects) {
+        let Some(lost) = self.copies.get(&id).map(|copy| self.copy_is_lost(copy)) else { return };
         let Some(copy) = self.copies.get_mut(&id) else { return };
-        let (from, to) = (self.legs[copy.from.index()].state, self.legs[copy.to.index()].state);
-        let lost = from != State::In || !matches!(to, State::In | State::Recovering(_));
         if lost || copy.pos >= copy.range.end {
             let ok = !lost && !copy.failed;
             return self.end_copy(id, ok, out);
@@ -136,6 +140,9 @@ impl Mirror {
     }
 
     pub(super) fn copy_done(&mut self, id: EntryId, ended: Ended, out: &mut Effects) {
+        if self.copies.get(&id).is_some_and(|copy| self.copy_is_lost(copy)) {
+            return self.end_copy(id, false, out);
+        }
         let Some(copy) = self.copies.get_mut(&id) else { return };
         let (from, to) = copy.ends();
         let buffer = Buffer::Copy { index: copy.buffer.unwrap_or(0), skip: 0 };

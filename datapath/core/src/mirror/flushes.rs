@@ -77,6 +77,9 @@ impl Mirror {
         let reports = batch.reports;
         // A RECOVERING leg must have reported too before the next flush starts: a rebuild ends on it.
         if reports.contains(&Report::Pending) {
+            if self.read_only.is_some() {
+                self.fail_gated_flush(out);
+            }
             return;
         }
         match self.verdict(reports) {
@@ -103,7 +106,7 @@ impl Mirror {
 
     pub(super) fn fail_gated_flush(&mut self, out: &mut Effects) {
         if let Some(batch) = &self.batch
-            && !batch.reports.contains(&Report::Pending)
+            && !self.awaited(batch.reports)
         {
             self.end_batch(Err(Errno::EIO), out);
         }

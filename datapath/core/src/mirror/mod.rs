@@ -19,8 +19,10 @@
 
 mod admin;
 mod copies;
+mod deadline;
 mod flushes;
 mod invariants;
+mod ios;
 mod pages;
 mod reads;
 mod sync;
@@ -30,9 +32,9 @@ mod writes;
 use alloc::{collections::BTreeMap, vec::Vec};
 
 use crate::{
+    assembly::Limits,
     bitmap::Bitmap,
-    fault::{Fault, classify},
-    io::{Buffer, Effect, Effects, Event, Fill, LegOp, Notice, Outcome, Request},
+    io::{Effect, Effects, Event, Fill, Notice, Request},
     membership::{Record, RecordName},
     range_lock::{EntryId, RangeLock},
     status::{LegState, LegStatus, Status, Sync},
@@ -42,7 +44,9 @@ use crate::{
 use self::{
     admin::{Growing, Stopping},
     copies::Copy,
+    deadline::Watch,
     flushes::{Batch, Waiter},
+    ios::{Ended, Io, Purpose},
     reads::Read,
     sync::Syncing,
     transition::Transition,
@@ -53,8 +57,6 @@ use self::{
 pub const COPY_BLOCKS: u64 = 256;
 /// How many of its own buffers the mirror uses at once.
 pub const COPY_WINDOW: u8 = 4;
-/// How often a host fault is reissued without progress before it counts as the leg's (mirror rule 6).
-const REISSUES: u8 = 8;
 /// Repairs that a leg may need before it is taken OUT (mirror rule 26).
 const REPAIR_BUDGET: u32 = 64;
 
@@ -81,9 +83,7 @@ pub(crate) struct Leg {
     pub seen: RecordName,
     /// Which slot holds its newest superblock.
     pub superblock_slot: u8,
-    /// I/O that this leg has not reported.
-    pub outstanding: u32,
-    /// Reads among them.
+    /// Reads that it has not reported.
     pub reads: u32,
     /// Where its last read ended: sequential reads stay on one leg.
     pub read_end: u64,
@@ -116,29 +116,6 @@ pub(crate) enum Report {
     Abandoned,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Purpose {
-    Write(EntryId),
-    Read(EntryId),
-    Copy(EntryId),
-    Flush,
-    Page(usize),
-    Superblock,
-    Witness,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Io {
-    /// The leg, by place and name; a place may have got another leg meanwhile. `None`: the witness.
-    leg: Option<(Slot, LegId)>,
-    purpose: Purpose,
-    op: Option<LegOp>,
-    reissues: u8,
-}
-
-/// How a piece of work ended, after reissues.
-pub(crate) type Ended = Result<Option<BlockRange>, Errno>;
-
 /// One mirror.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Mirror {
@@ -147,6 +124,8 @@ pub struct Mirror {
     pub(crate) flags: u64,
     pub(crate) checkpoint: u64,
     now: Instant,
+    limits: Limits,
+    watch: Watch,
     run: [u8; 8],
     records: u64,
     next_io: u64,
@@ -204,6 +183,7 @@ pub(crate) struct Start {
     pub bitmap: Bitmap,
     pub seed: u128,
     pub now: Instant,
+    pub limits: Limits,
 }
 
 impl Mirror {
@@ -216,6 +196,8 @@ impl Mirror {
             flags: start.flags,
             checkpoint: start.checkpoint,
             now: start.now,
+            limits: start.limits,
+            watch: Watch::new(start.limits.leg_deadline_millis),
             run,
             records: 0,
             next_io: 1,
@@ -273,7 +255,7 @@ impl Mirror {
     pub fn next_deadline(&self) -> Option<Instant> {
         let transition = self.transition.as_ref().and_then(|transition| transition.retry_at);
         let syncing = self.syncing.as_ref().and_then(|syncing| syncing.retry_at);
-        [self.clean_at, transition, syncing].into_iter().flatten().min()
+        [self.clean_at, transition, syncing, self.watch.next].into_iter().flatten().min()
     }
 
     fn submit(&mut self, tag: Tag, request: Request, out: &mut Effects) {
@@ -318,6 +300,7 @@ impl Mirror {
             self.write_witness(out);
         }
         self.retry_sync();
+        self.judge_deadlines(out);
     }
 
     /// Starts whatever can be started. Runs after every event, until nothing changes.
@@ -405,70 +388,6 @@ impl Mirror {
             && self.copies.values().all(|copy| copy.step < copies::Step::Buffer)
     }
 
-    fn issue(&mut self, slot: Slot, purpose: Purpose, op: LegOp, out: &mut Effects) {
-        self.issue_again(slot, purpose, op, 0, out);
-    }
-
-    fn issue_again(&mut self, slot: Slot, purpose: Purpose, op: LegOp, reissues: u8, out: &mut Effects) {
-        let io = IoId(self.next_io);
-        self.next_io += 1;
-        let leg = &mut self.legs[slot.index()];
-        leg.outstanding += 1;
-        leg.reads += u32::from(matches!(op, LegOp::Read { .. }));
-        self.ios.insert(io, Io { leg: Some((slot, leg.id)), purpose, op: Some(op.clone()), reissues });
-        out.push(Effect::Leg { slot, io, op });
-    }
-
-    fn done(&mut self, io: IoId, outcome: Outcome, out: &mut Effects) {
-        let Some(entry) = self.ios.remove(&io) else { return };
-        let Some((slot, leg)) = entry.leg else {
-            return self.witness_done(matches!(outcome, Outcome::Done(_)).then_some(()).ok_or(errno_of(outcome)), out);
-        };
-        let current = &mut self.legs[slot.index()];
-        if current.id != leg {
-            return;
-        }
-        current.outstanding -= 1;
-        current.reads -= u32::from(matches!(entry.op, Some(LegOp::Read { .. })));
-        let ended = match (outcome, entry.op) {
-            (Outcome::Extent(extent), _) => Ok(extent),
-            (Outcome::Done(bytes), Some(op @ (LegOp::Read { .. } | LegOp::Write { .. }))) => match remainder(op, bytes) {
-                None => Ok(None),
-                Some((rest, progress)) => {
-                    let reissues = if progress { 0 } else { entry.reissues + 1 };
-                    if reissues <= REISSUES && self.may_reissue(slot, entry.purpose) {
-                        return self.issue_again(slot, entry.purpose, rest, reissues, out);
-                    }
-                    Err(Errno::EIO)
-                }
-            },
-            (Outcome::Done(_), _) => Ok(None),
-            (Outcome::Failed(errno), Some(op)) => {
-                if classify(errno) == Fault::Host && entry.reissues < REISSUES && self.may_reissue(slot, entry.purpose) {
-                    return self.issue_again(slot, entry.purpose, op, entry.reissues + 1, out);
-                }
-                Err(errno)
-            }
-            (Outcome::Failed(errno), None) => Err(errno),
-        };
-        match entry.purpose {
-            Purpose::Write(id) => self.write_done(id, slot, ended, out),
-            Purpose::Read(id) => self.read_done(id, slot, ended, out),
-            Purpose::Copy(id) => self.copy_done(id, ended, out),
-            Purpose::Flush => self.flush_done(slot, ended, out),
-            Purpose::Page(page) => self.page_done(page, slot, ended, out),
-            Purpose::Superblock => self.superblock_done(slot, ended, out),
-            Purpose::Witness => {}
-        }
-    }
-
-    /// Nothing is reissued to a leg that is OUT or on its way there: its range is released, or may be any time now (mirror rule 6). The
-    /// first superblock of a leg that is being attached is no such thing.
-    fn may_reissue(&self, slot: Slot, purpose: Purpose) -> bool {
-        let leg = &self.legs[slot.index()];
-        leg.takes_writes() || (purpose == Purpose::Superblock && leg.state == State::Out)
-    }
-
     /// A leg failed. The last IN leg never goes (mirror rule 14).
     fn fail_leg(&mut self, slot: Slot, error: Errno, out: &mut Effects) {
         let other_in = self.legs[slot.other().index()].state == State::In;
@@ -516,6 +435,11 @@ impl Mirror {
             self.end_copy(id, false, out);
         }
         self.fail_gated_flush(out);
+        for slot in Slot::BOTH {
+            if matches!(self.legs[slot.index()].state, State::Leaving | State::Dropping) {
+                self.let_go(slot, out);
+            }
+        }
     }
 
     fn in_count(&self) -> usize {
@@ -557,27 +481,4 @@ impl Mirror {
         let out = self.legs[slot.index()].state == State::Out && superblock.volume == self.volume;
         out.then(|| (slot, self.record.readmission(slot, superblock.record.name)))
     }
-}
-
-fn errno_of(outcome: Outcome) -> Errno {
-    match outcome {
-        Outcome::Failed(errno) => errno,
-        _ => Errno::EIO,
-    }
-}
-
-/// What is left of a read or write after a short count, and whether there was progress. `None`: nothing.
-fn remainder(op: LegOp, bytes: u64) -> Option<(LegOp, bool)> {
-    let blocks = bytes / crate::units::BLOCK_SIZE;
-    let shift = |range: BlockRange| BlockRange::new((range.start + blocks).min(range.end), range.end);
-    let skip = |buffer: Buffer| match buffer {
-        Buffer::Request { tag, skip } => Buffer::Request { tag, skip: skip + blocks },
-        Buffer::Copy { index, skip } => Buffer::Copy { index, skip: skip + blocks },
-    };
-    let (range, rest) = match op {
-        LegOp::Read { range, buffer } => (shift(range), LegOp::Read { range: shift(range), buffer: skip(buffer) }),
-        LegOp::Write { range, buffer, fua } => (shift(range), LegOp::Write { range: shift(range), buffer: skip(buffer), fua }),
-        _ => return None,
-    };
-    (!range.is_empty()).then_some((rest, blocks > 0))
 }

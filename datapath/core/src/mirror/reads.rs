@@ -77,6 +77,14 @@ impl Mirror {
         self.next_block(id, piece.end, out);
     }
 
+    /// The leg that was asked is OUT and has not answered: all of it again, from another leg, into other memory.
+    pub(super) fn restart_read(&mut self, id: EntryId, out: &mut Effects) {
+        let Some(read) = self.reads.get_mut(&id) else { return };
+        (read.piece, read.tried) = (read.range, [false; 2]);
+        out.push(Effect::NewBuffer { tag: read.tag });
+        self.issue_read(id, out);
+    }
+
     /// No leg could read the piece.
     fn read_failed(&mut self, id: EntryId, out: &mut Effects) {
         let Some(read) = self.reads.get(&id) else { return };

@@ -192,7 +192,7 @@ impl Mirror {
         }
         let io = IoId(self.next_io);
         self.next_io += 1;
-        self.ios.insert(io, Io { leg: None, purpose: Purpose::Witness, op: None, reissues: 0 });
+        self.ios.insert(io, Io { leg: None, purpose: Purpose::Witness, op: None, reissues: 0, issued: 0 });
         out.push(Effect::WriteWitness { io, offset: u64::from(1 - self.witness_slot) * 4096, page: encode_witness(&superblock) });
     }
 
@@ -292,6 +292,7 @@ impl Mirror {
                 self.legs[slot.index()].state = State::Out;
                 out.push(Effect::Notice(Notice::LegOut { slot }));
                 self.pages_without(slot, out);
+                self.let_go(slot, out);
                 self.detached(slot, out);
             }
         }

@@ -150,6 +150,11 @@ impl Mirror {
         if counted().all(|(_, report)| report == Report::Done) { Verdict::Done } else { Verdict::Wait }
     }
 
+    /// Whether a leg that still counts has to report.
+    pub(super) fn awaited(&self, reports: [Report; 2]) -> bool {
+        Slot::BOTH.into_iter().any(|slot| reports[slot.index()] == Report::Pending && self.legs[slot.index()].takes_writes())
+    }
+
     pub(super) fn mark_unsynced(&mut self, range: BlockRange) {
         self.bitmap.maybe_unsynced = true;
         for region in crate::bitmap::regions_of(range) {
@@ -182,8 +187,7 @@ impl Mirror {
     pub(super) fn fail_gated_write(&mut self, id: EntryId, out: &mut Effects) {
         let Some(write) = self.writes.get(&id).filter(|write| !write.answered) else { return };
         let waits_for_bits = write.stage == Stage::Bits;
-        let missed =
-            write.stage == Stage::Issued && !write.reports.contains(&Report::Pending) && self.verdict(write.reports) == Verdict::Wait;
+        let missed = write.stage == Stage::Issued && !self.awaited(write.reports) && self.verdict(write.reports) == Verdict::Wait;
         if waits_for_bits || missed {
             self.finish_write(id, Err(Errno::EIO), out);
         }

@@ -401,3 +401,34 @@ fn rule_23_a_checkpoint_only_says_what_is_copied_and_durable_and_of_this_leg() {
         world.assert_identical();
     }
 }
+
+#[test]
+fn case_52_after_a_kill_between_two_landings_reads_never_go_back() {
+    let mut differed = 0;
+    for seed in 0..300 {
+        let mut world = warm(seed);
+        world.write(range(0, 8));
+        run_dry(&mut world);
+        world.flush();
+        run_dry(&mut world);
+        world.write(range(0, 8));
+        for _ in 0..seed % 3 {
+            world.step();
+        }
+        world.kill([true, true]).expect("both are IN");
+        differed += usize::from(world.disks[0].read(3) != world.disks[1].read(3));
+        let mut newest = 0;
+        for _ in 0..12 {
+            let found = world.read_now(3).expect("both can read");
+            assert!(found >= newest, "a read found {found} after {newest}\n{}", world.trace());
+            newest = found;
+            if world.rng.once_in(4) {
+                // The same again, in the middle of the resync.
+                world.kill([true, true]).expect("both are IN");
+            }
+        }
+        world.settle();
+        world.assert_identical();
+    }
+    assert!(differed > 30, "the legs were equal already: {differed}");
+}

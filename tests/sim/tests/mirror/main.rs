@@ -2,6 +2,7 @@
 #![allow(missing_docs)]
 
 mod crash;
+mod deadlines;
 mod errors;
 mod histories;
 mod membership;

@@ -2,14 +2,14 @@
 
 use lockstep_core::{
     format,
-    io::{Fill, Request},
+    io::{Fill, LegOp, Outcome, Request},
     membership::MemberState,
     status::LegState,
     units::{Epoch, Errno, LegId, Slot},
 };
 use lockstep_sim::{BLOCKS, Rng, VOLUME, World};
 
-use crate::{range, run_dry, warm};
+use crate::{in_flight_on, range, run_dry, warm};
 
 #[test]
 fn case_09_a_write_that_a_lost_leg_missed_is_answered_only_after_the_loss_is_durable() {
@@ -424,5 +424,37 @@ fn rule_16_a_fua_write_that_was_answered_survives_a_power_cut() {
         run_dry(&mut world);
         world.read(range(0, 8));
         world.settle();
+    }
+}
+
+#[test]
+fn case_12_a_write_in_flight_when_a_leg_fails_waits_for_its_out_too() {
+    for seed in 0..50 {
+        let mut world = warm(seed);
+        let first = world.write(range(0, 8));
+        let second = world.write(range(100, 108));
+        let on_b = |world: &World, start| {
+            let theirs = |op: &LegOp| matches!(op, LegOp::Write { range, .. } if range.start == start);
+            in_flight_on(world, Slot::B, theirs).expect("it was issued")
+        };
+        // B takes neither of them. It fails the first one; the second one it has in flight until B is OUT, or fails it too, as it comes.
+        let (fails, hangs) = (on_b(&world, 0), on_b(&world, 100));
+        world.end(fails, Outcome::Failed(Errno::EIO));
+        if seed % 2 == 0 {
+            world.stuck.insert(hangs);
+        } else {
+            world.end(hangs, Outcome::Failed(Errno::EIO));
+        }
+        while !(world.answers.contains_key(&first) && world.answers.contains_key(&second)) {
+            let answered = [first, second].iter().any(|tag| world.answers.contains_key(tag));
+            assert!(!answered || witnessed(&world) == MemberState::Out, "answered before B is durably OUT");
+            assert!(world.step(), "a write never ended");
+        }
+        // Whatever comes back now, both are there: the oracle of a read is that it is not older than what a flush covered.
+        world.flush();
+        run_dry(&mut world);
+        world.crash([true, true]).expect("A is IN");
+        world.settle();
+        assert_eq!((world.read_now(0), world.read_now(100)), (Ok(2), Ok(3)));
     }
 }
