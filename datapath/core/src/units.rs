@@ -160,6 +160,8 @@ impl Errno {
     pub const EINTR: Self = Self(4);
     /// Input/output error.
     pub const EIO: Self = Self(5);
+    /// No such device or address.
+    pub const ENXIO: Self = Self(6);
     /// Try again.
     pub const EAGAIN: Self = Self(11);
     /// Out of memory.
@@ -178,8 +180,12 @@ impl Errno {
     pub const ETIMEDOUT: Self = Self(110);
     /// The mirror was stopped.
     pub const ESHUTDOWN: Self = Self(108);
+    /// The file system is damaged.
+    pub const EUCLEAN: Self = Self(117);
     /// Remote I/O error.
     pub const EREMOTEIO: Self = Self(121);
+    /// Quota exceeded.
+    pub const EDQUOT: Self = Self(122);
     /// Operation canceled.
     pub const ECANCELED: Self = Self(125);
 }
@@ -189,6 +195,7 @@ impl fmt::Debug for Errno {
         let name = match *self {
             Self::EINTR => "EINTR",
             Self::EIO => "EIO",
+            Self::ENXIO => "ENXIO",
             Self::EAGAIN => "EAGAIN",
             Self::ENOMEM => "ENOMEM",
             Self::EBUSY => "EBUSY",
@@ -198,7 +205,9 @@ impl fmt::Debug for Errno {
             Self::EROFS => "EROFS",
             Self::ETIMEDOUT => "ETIMEDOUT",
             Self::ESHUTDOWN => "ESHUTDOWN",
+            Self::EUCLEAN => "EUCLEAN",
             Self::EREMOTEIO => "EREMOTEIO",
+            Self::EDQUOT => "EDQUOT",
             Self::ECANCELED => "ECANCELED",
             Self(n) => return write!(f, "errno {n}"),
         };

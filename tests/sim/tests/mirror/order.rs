@@ -157,3 +157,63 @@ fn rule_06_a_leg_that_is_being_attached_may_meet_a_host_fault() {
     assert_eq!(world.answers[&attach], Ok(()));
     assert!(world.healthy());
 }
+
+/// Ends whatever a leg does with this, again and again; how often.
+fn insist(world: &mut lockstep_sim::World, slots: &[Slot], outcome: Outcome) -> usize {
+    let mut ended = 0;
+    loop {
+        let data = |op: &LegOp| matches!(op, LegOp::Write { .. } | LegOp::Read { .. });
+        let Some(io) = slots.iter().find_map(|slot| in_flight_on(world, *slot, data)) else { return ended };
+        ended += 1;
+        assert!(ended < 1000, "reissued without bound");
+        world.end(io, outcome);
+    }
+}
+
+#[test]
+fn rule_06_a_host_fault_that_stays_is_reissued_a_few_times_and_then_it_is_the_legs() {
+    for outcome in [Outcome::Failed(Errno::EAGAIN), Outcome::Failed(Errno::ENOMEM), Outcome::Done(0), Outcome::Done(4095)] {
+        let mut world = warm(3);
+        let write = world.write(range(0, 8));
+        let ended = insist(&mut world, &[Slot::B], outcome);
+        assert!((2..20).contains(&ended), "{ended} times");
+        world.settle();
+        assert_eq!(world.answers[&write], Ok(()));
+        assert_eq!(world.mirror.status().legs[1].state, LegState::Out, "{outcome:?}");
+    }
+}
+
+#[test]
+fn rule_06_a_host_that_stays_short_of_something_takes_nobody_out() {
+    let mut world = warm(3);
+    let write = world.write(range(0, 8));
+    insist(&mut world, &Slot::BOTH, Outcome::Failed(Errno::ENOMEM));
+    world.settle();
+    assert_eq!(world.answers[&write], Err(Errno::EIO));
+    assert!(world.healthy(), "it failed on both legs");
+    world.assert_identical();
+}
+
+#[test]
+fn rule_06_the_deadline_goes_on_while_a_host_fault_is_reissued() {
+    let mut world = warm(3);
+    world.write(range(0, 8));
+    let theirs = |world: &lockstep_sim::World| in_flight_on(world, Slot::B, |op| matches!(op, LegOp::Write { .. }));
+    world.stuck.extend(theirs(&world));
+    run_dry(&mut world);
+    for _ in 0..40 {
+        for _ in 0..8 {
+            world.tick();
+            run_dry(&mut world);
+        }
+        if world.mirror.status().legs[1].state == LegState::Out {
+            break;
+        }
+        // It makes progress each time, but does not come to an end.
+        let io = theirs(&world).expect("it is outstanding");
+        world.end(io, Outcome::Done(4096));
+        world.stuck.extend(theirs(&world));
+    }
+    assert!(world.now().0 < 45_000_000_000, "out only after {:?}", world.now());
+    assert_eq!(world.mirror.status().legs[1].state, LegState::Out);
+}
