@@ -357,8 +357,10 @@ impl<S: Store> Node<S> {
         self.remove_legs(found).await?;
         crate::state_dir::remove_record(&self.state.witness(&uid))?;
         // Who is told that it is gone can count on its space.
-        if let Err(error) = self.disks.publish(&self.store, &self.name).await {
-            warn!(%error, "the disks' objects do not say what is");
+        match tokio::time::timeout(PATIENCE, self.disks.publish(&self.store, &self.name)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => warn!(%error, "the disks' objects do not say what is"),
+            Err(_) => warn!("the disks' objects cannot be written in time"),
         }
         self.remove_finalizer(volume).await?;
         info!("deleted");

@@ -81,6 +81,7 @@ pub struct Disks {
     unsettled: Notify,
     /// What is being looked at: what hangs is looked at once.
     busy: Mutex<HashSet<String>>,
+    publishing: tokio::sync::Mutex<()>,
     changed: watch::Sender<u64>,
 }
 
@@ -96,6 +97,7 @@ impl Disks {
             ledger: Mutex::default(),
             unsettled: Notify::default(),
             busy: Mutex::default(),
+            publishing: tokio::sync::Mutex::default(),
             changed: watch::Sender::new(0),
         }
     }

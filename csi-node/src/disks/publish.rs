@@ -45,6 +45,8 @@ impl Disks {
     /// # Errors
     /// The store's. Called again, it goes on.
     pub async fn publish<S: Store>(&self, store: &S, node: &str) -> Result<(), Error> {
+        // One at a time, or the older look might have the last word.
+        let _turn = self.publishing.lock().await;
         let mut wanted = self.wanted(node);
         for object in store.list::<LocalDisk>().await?.objects {
             let name = object.metadata.name.clone().unwrap_or_default();
