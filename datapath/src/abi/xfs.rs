@@ -53,5 +53,8 @@ pub(crate) fn reopen_without_times(directory: &File, file: &File, flags: i32) ->
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the call just gave us this descriptor; nobody else has it.
-    Ok(unsafe { File::from_raw_fd(fd) })
+    let file = unsafe { File::from_raw_fd(fd) };
+    // XFS knows nothing of O_CLOEXEC here: a program that we start would have the leg open, and locked, for as long as it runs.
+    rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(file)
 }
