@@ -406,17 +406,21 @@ impl<S: Store> Node<S> {
         Ok(found)
     }
 
-    /// Removes legs; the space is free for others when it returns.
+    /// Removes legs; the space is free for others when it returns, and the disks' objects say so.
     pub(crate) async fn remove_legs(&self, found: Vec<LegDir>) -> Result<(), Error> {
         let disks = Arc::clone(&self.disks);
-        blocking("its legs", move || {
+        let removed = blocking("its legs", move || {
             for leg in found {
                 legs::remove(&leg.dir).map_err(Error::io(format!("removing {}", leg.dir.display())))?;
                 disks.refresh(&leg.disk);
             }
             Ok(())
         })
-        .await
+        .await;
+        if let Err(error) = self.disks.publish(&self.store, &self.name).await {
+            warn!(%error, "the disks' objects do not say yet what is free");
+        }
+        removed
     }
 }
 
