@@ -1,6 +1,7 @@
 //! The two binaries, as a user runs them.
 
 use std::{
+    ffi::{OsStr, OsString},
     fs,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -30,6 +31,8 @@ pub struct Driver {
     /// Their objects.
     pub store: Directory,
     dir: PathBuf,
+    /// csi-node's PATH.
+    programs: OsString,
 }
 
 /// A binary that was built beside this one, or, for a test, one directory up.
@@ -40,9 +43,10 @@ fn program(name: &str) -> PathBuf {
 }
 
 /// Ends with us, whatever happens to us; its log is appended to a file.
-fn start(name: &str, log: &Path, args: &[&str]) -> Child {
+fn start(name: &str, log: &Path, programs: &OsStr, args: &[&str]) -> Child {
     let log = fs::File::options().create(true).append(true).open(log).expect("a log");
     let mut command = Command::new("setpriv");
+    command.env("PATH", programs);
     command.args(["--pdeathsig", "KILL"]).arg(program(name)).args(args);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap_or_else(|error| panic!("{name}: {error}"))
 }
@@ -67,7 +71,8 @@ impl Driver {
         fs::write(dir.join("node.yaml"), format!("disks:\n- path: {}/*\n", text(&lab.path("disks")))).expect("a configuration");
         let client = Client::new(&dir.join("node.sock"), &dir.join("controller.sock"));
         let store = Directory::open(dir.join("objects")).expect("a directory of objects");
-        let mut driver = Self { node: None, controller: None, client, store, dir };
+        let programs = std::env::var_os("PATH").unwrap_or_default();
+        let mut driver = Self { node: None, controller: None, client, store, dir, programs };
         driver.start_node().await;
         driver.start_controller().await;
         // Ready is who answers; what the disks are is said a moment later.
@@ -79,12 +84,19 @@ impl Driver {
         text(&self.dir.join(name)).to_owned()
     }
 
+    /// From its next start on, csi-node runs the programs in this directory instead of the system's; none: the system's.
+    pub fn use_programs(&mut self, dir: Option<&Path>) {
+        let system = std::env::var_os("PATH").unwrap_or_default();
+        let first = dir.map(Path::to_owned).into_iter();
+        self.programs = std::env::join_paths(first.chain(std::env::split_paths(&system))).expect("a PATH");
+    }
+
     /// Starts csi-node.
     pub async fn start_node(&mut self) {
         let (endpoint, config, state, objects) =
             (format!("unix://{}", self.at("node.sock")), self.at("node.yaml"), self.at("state"), self.at("objects"));
         let args = ["--endpoint", &endpoint, "--node-name", NODE, "--config", &config, "--state-dir", &state, "--objects", &objects];
-        self.node = Some(start("csi-node", &self.node_log(), &args));
+        self.node = Some(start("csi-node", &self.node_log(), &self.programs, &args));
         let client = &self.client;
         until("a node that is ready", || async { client.node_ready().await.then_some(()) }).await;
     }
@@ -92,8 +104,12 @@ impl Driver {
     /// Starts csi-controller.
     pub async fn start_controller(&mut self) {
         let (endpoint, objects) = (format!("unix://{}", self.at("controller.sock")), self.at("objects"));
-        self.controller =
-            Some(start("csi-controller", &self.dir.join("controller.log"), &["--endpoint", &endpoint, "--objects", &objects]));
+        self.controller = Some(start(
+            "csi-controller",
+            &self.dir.join("controller.log"),
+            &self.programs,
+            &["--endpoint", &endpoint, "--objects", &objects],
+        ));
         let client = &self.client;
         until("a controller that is ready", || async { client.controller_ready().await.then_some(()) }).await;
     }

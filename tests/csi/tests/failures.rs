@@ -151,6 +151,44 @@ async fn csi_node_is_killed_with_volumes_mounted_and_they_are_staged_again() {
     driver.stop();
 }
 
+/// A thread of csi-node that waits for its own volume cannot be killed: csi-node would never end, and nobody could take its place.
+#[tokio::test(flavor = "multi_thread")]
+async fn csi_node_is_killed_while_its_volumes_are_written_back_and_it_ends() {
+    let lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let ext4 = volume(&lab, &driver, "ext4", 256 * MIB, Some("ext4")).await;
+    let block = volume(&lab, &driver, "block", 128 * MIB, None).await;
+    for place in [&ext4, &block] {
+        place.up(&driver.client).await.unwrap();
+    }
+    let fill = |of: &Path| run("dd", &["if=/dev/urandom", &format!("of={}", text(of)), "bs=1M", "count=64", "conv=notrunc", "status=none"]);
+    fill(&ext4.target.join("fill"));
+    fill(&block.target);
+    driver.client.unpublish(&ext4.id, &ext4.target).await.unwrap();
+    // The disks take no writes for a while: the unmount does not end.
+    let disks = [0, 1].map(|disk| lab.mount_of(disk).unwrap());
+    let thaw = format!("sleep 3; fsfreeze --unfreeze {}; fsfreeze --unfreeze {}", text(&disks[0]), text(&disks[1]));
+    let mut thaw = std::process::Command::new("sh").args(["-c", &thaw]).spawn().unwrap();
+    for disk in &disks {
+        run("fsfreeze", &["--freeze", text(disk)]);
+    }
+    let (client, gone) = (driver.client.clone(), ext4.clone());
+    let unstage = tokio::spawn(async move { client.unstage(&gone.id, &gone.staging).await });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    driver.kill_node();
+    assert!(unstage.await.unwrap().is_err(), "it was unstaged before csi-node was killed");
+    assert!(thaw.wait().unwrap().success());
+    driver.start_node().await;
+    for place in [&ext4, &block] {
+        place.down(&driver.client).await.unwrap();
+        place.up(&driver.client).await.unwrap();
+        place.down(&driver.client).await.unwrap();
+        let copies = driver.copies(&place.id).await;
+        assert!(identical(&copies[0], &copies[1]), "the copies differ");
+    }
+    driver.stop();
+}
+
 /// mkfs killed in the middle: by hand, and with csi-node itself. The volume is not lost to it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_mkfs_does_not_brick_the_volume() {
@@ -183,6 +221,86 @@ async fn a_killed_mkfs_does_not_brick_the_volume() {
         place.down(&driver.client).await.unwrap();
         driver.client.delete(&place.id).await.unwrap();
     }
+    driver.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn csi_node_is_killed_between_mkfs_and_its_record_and_the_volume_is_formatted_again() {
+    let lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let programs = lab.path("programs");
+    fs::create_dir(&programs).unwrap();
+    for (name, fs_type) in [("mkfs.ext4", "ext4"), ("mkfs.xfs", "xfs")] {
+        let made = programs.join(format!("made-{fs_type}"));
+        let report = format!("ls -l /proc/$$/fd > {0}.new && mv {0}.new {0}", text(&made));
+        let slow = format!("#!/bin/sh\nPATH=${{PATH#*:}} {name} \"$@\" && {report} && sleep 20\n");
+        fs::write(programs.join(name), slow).unwrap();
+        run("chmod", &["+x", text(&programs.join(name))]);
+        let place = volume(&lab, &driver, fs_type, 320 * MIB, Some(fs_type)).await;
+        driver.kill_node();
+        driver.use_programs(Some(&programs));
+        driver.start_node().await;
+        let (client, staged) = (driver.client.clone(), place.clone());
+        let stage = tokio::spawn(async move { staged.up(&client).await });
+        until("a file system", || async { made.exists().then_some(()) }).await;
+        // Else the legs were locked for as long as it runs.
+        let open = fs::read_to_string(&made).unwrap();
+        assert!(!open.contains("/volumes/"), "mkfs was given the legs: {open}");
+        assert_eq!(status(&driver, &place.id).await.format.state, FormatState::Formatting);
+        driver.kill_node();
+        drop(stage.await);
+        driver.use_programs(None);
+        driver.start_node().await;
+        place.up(&driver.client).await.unwrap();
+        fs::write(place.target.join("f"), "x").unwrap();
+        place.down(&driver.client).await.unwrap();
+    }
+    driver.stop();
+}
+
+/// What a csi-node that was killed in the middle of an allocation leaves: two legs, no witness, an object that says nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_allocation_that_was_cut_off_is_made_again_from_nothing() {
+    use lockstep_store::Store;
+    let lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let place = volume(&lab, &driver, "v", 64 * MIB, None).await;
+    let (old, mut object) = (driver.copies(&place.id).await, driver.volume(&place.id).await);
+    driver.kill_node();
+    fs::remove_file(lab.path(&format!("driver/state/witness/{}", object.metadata.uid.as_ref().unwrap()))).unwrap();
+    object.status = Some(MirrorVolumeStatus::default());
+    driver.store.update_status(object).await.unwrap();
+    driver.start_node().await;
+    until("allocated", || async { (status(&driver, &place.id).await.phase == VolumePhase::Ready).then_some(()) }).await;
+    // Before it is staged, which would remove what is too much.
+    let new = driver.copies(&place.id).await;
+    assert!(old.iter().all(|copy| !copy.exists() && !new.contains(copy)), "{old:?} {new:?}");
+    place.up(&driver.client).await.unwrap();
+    place.down(&driver.client).await.unwrap();
+    driver.stop();
+}
+
+/// As long as something of it is on a disk, the object is there: whoever is killed then goes on with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_is_deleted_when_its_legs_are_gone_and_not_before() {
+    use lockstep_store::Store;
+    let lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let place = volume(&lab, &driver, "v", 64 * MIB, None).await;
+    let (copies, disks) = (driver.copies(&place.id).await, [0, 1].map(|disk| lab.mount_of(disk).unwrap()));
+    let thaw = format!("sleep 3; fsfreeze --unfreeze {}; fsfreeze --unfreeze {}", text(&disks[0]), text(&disks[1]));
+    let mut thaw = std::process::Command::new("sh").args(["-c", &thaw]).spawn().unwrap();
+    for disk in &disks {
+        run("fsfreeze", &["--freeze", text(disk)]);
+    }
+    let (client, id) = (driver.client.clone(), place.id.clone());
+    let delete = tokio::spawn(async move { client.delete(&id).await });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let object = driver.store.get::<MirrorVolume>(&place.id).await.unwrap();
+    assert!(object.is_some() && copies.iter().all(|copy| copy.exists()));
+    assert!(thaw.wait().unwrap().success());
+    delete.await.unwrap().unwrap();
+    assert!(copies.iter().all(|copy| !copy.exists()), "a copy is left");
     driver.stop();
 }
 
