@@ -76,7 +76,8 @@ impl Driver {
         driver.start_node().await;
         driver.start_controller().await;
         // Ready is who answers; what the disks are is said a moment later.
-        until("an object for each disk", || async { (driver.disks().await.len() >= lab.disks()).then_some(()) }).await;
+        let said = async || driver.disks().await.iter().filter(|disk| disk.status.is_some()).count();
+        until("a word about each disk", || async { (said().await >= lab.disks()).then_some(()) }).await;
         driver
     }
 
