@@ -356,12 +356,6 @@ impl<S: Store> Node<S> {
         }
         self.remove_legs(found).await?;
         crate::state_dir::remove_record(&self.state.witness(&uid))?;
-        // Who is told that it is gone can count on its space.
-        match tokio::time::timeout(PATIENCE, self.disks.publish(&self.store, &self.name)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => warn!(%error, "the disks' objects do not say what is"),
-            Err(_) => warn!("the disks' objects cannot be written in time"),
-        }
         self.remove_finalizer(volume).await?;
         info!("deleted");
         Ok(())
@@ -417,8 +411,11 @@ impl<S: Store> Node<S> {
             Ok(())
         })
         .await;
-        if let Err(error) = self.disks.publish(&self.store, &self.name).await {
-            warn!(%error, "the disks' objects do not say yet what is free");
+        // Who is told that they are gone can count on their space.
+        match tokio::time::timeout(PATIENCE, self.disks.publish(&self.store, &self.name)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => warn!(%error, "the disks' objects do not say yet what is free"),
+            Err(_) => warn!("the disks' objects cannot be written in time"),
         }
         removed
     }
