@@ -10,7 +10,9 @@
 //! submission (mirror rule 4), so tokens of one block rise.
 
 mod disk;
+pub mod oracles;
 mod performing;
+pub mod simulator;
 mod world;
 
 pub use disk::Disk;

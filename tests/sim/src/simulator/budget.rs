@@ -1,0 +1,220 @@
+//! What may go wrong now, and what the operator does about it.
+
+use lockstep_core::{
+    format,
+    io::{Fill, LegOp, Outcome, Request},
+    membership::MemberState,
+    status::LegState,
+    units::{Errno, IoId, Slot},
+};
+
+use super::{
+    End, Kind, VOLUME,
+    machine::{Asked, Machine, Op},
+    script::Fault,
+};
+
+impl Machine {
+    /// Whether the leg in a slot is sound, and counts by memory and by the witness.
+    fn carries(&self, slot: Slot) -> bool {
+        let Some(disk) = self.place[slot.index()] else { return false };
+        let sound = self.disks[disk].trouble.is_sound();
+        let failing = |work: &super::machine::Work| {
+            work.disk.is_some_and(|(on, _)| on == disk) && matches!(work.ended, Some((Outcome::Failed(_), _)))
+        };
+        let quiet = !self.work.values().any(failing);
+        let counts = self.status.ready && self.status.legs[slot.index()].state == LegState::In && self.counted().contains(&slot);
+        sound && quiet && counts
+    }
+
+    /// Whether the disk in a slot may become unsound: the other one carries the volume.
+    fn may_fail(&self, slot: Slot) -> bool {
+        self.place[slot.index()].is_some() && self.carries(slot.other())
+    }
+
+    pub(super) fn fault(&mut self, fault: Fault) {
+        let one = match fault {
+            Fault::Gone(slot)
+            | Fault::Errors(slot, _)
+            | Fault::FlushError(slot)
+            | Fault::MetaError(slot)
+            | Fault::HostFaults(slot, _)
+            | Fault::Unreadable(slot, _)
+            | Fault::Unwritable(slot, _)
+            | Fault::NoSpace(Some(slot), _)
+            | Fault::Lies(slot)
+            | Fault::Freeze(slot) => Some(slot),
+            Fault::NoSpace(None, _) | Fault::BusReset | Fault::LastLeg | Fault::WitnessErrors(_) | Fault::Flaky(_) => None,
+        };
+        let allowed = match (fault, one) {
+            (_, Some(slot)) => self.may_fail(slot),
+            (Fault::NoSpace(None, _), _) => Slot::BOTH.into_iter().all(|slot| self.carries(slot)),
+            (Fault::BusReset, _) => {
+                let honest = self.disks.iter().all(|disk| !disk.trouble.lies);
+                let out = |slot: Slot| self.status.legs[slot.index()].state != LegState::In;
+                honest && Slot::BOTH.into_iter().all(|slot| self.carries(slot) || self.carries(slot.other()) && out(slot))
+            }
+            _ => true,
+        };
+        if !allowed {
+            return;
+        }
+        let disk = one.and_then(|slot| self.place[slot.index()]);
+        if let Some(trouble) = disk.map(|disk| &mut self.disks[disk].trouble) {
+            match fault {
+                Fault::Gone(_) => trouble.gone = true,
+                Fault::Errors(_, n) => trouble.errors = n,
+                Fault::FlushError(_) => trouble.flush_errors = 1,
+                Fault::MetaError(_) => trouble.meta_errors = 1,
+                Fault::HostFaults(_, n) => trouble.host_faults = n,
+                Fault::Unreadable(_, range) => trouble.unreadable.extend(range.start..range.end),
+                Fault::Unwritable(_, range) => trouble.unwritable.extend(range.start..range.end),
+                Fault::NoSpace(_, n) => trouble.no_space = n,
+                Fault::Lies(_) => trouble.lies = true,
+                Fault::Freeze(_) => trouble.frozen = true,
+                _ => {}
+            }
+        }
+        let name = match fault {
+            Fault::Gone(_) => "disk gone",
+            Fault::Errors(..) => "EIO once or more",
+            Fault::FlushError(_) => "flush fails",
+            Fault::MetaError(_) => "metadata fails, torn",
+            Fault::HostFaults(..) => "host faults in a row",
+            Fault::Unreadable(..) => "unreadable blocks",
+            Fault::Unwritable(..) => "unwritable blocks",
+            Fault::NoSpace(Some(_), _) => "one leg full",
+            Fault::Lies(_) => "flushes lie",
+            Fault::Freeze(_) => "disk hangs",
+            Fault::NoSpace(None, n) => {
+                self.place.into_iter().flatten().for_each(|disk| self.disks[disk].trouble.no_space = n);
+                "both legs full"
+            }
+            Fault::BusReset => {
+                if !self.bus_reset() {
+                    return;
+                }
+                "bus reset"
+            }
+            Fault::LastLeg => {
+                if !self.last_leg() {
+                    return;
+                }
+                "EIO of the last leg"
+            }
+            Fault::WitnessErrors(n) => {
+                self.witness_errors = n;
+                "witness fails"
+            }
+            Fault::Flaky(n) => {
+                self.profile.flaky = u64::from(n);
+                "host faults and short counts"
+            }
+        };
+        *self.coverage.faults.entry(name).or_default() += 1;
+    }
+
+    /// Fails what is in flight and was not done; a part of it is done.
+    fn fail_in_flight(&mut self, wanted: impl Fn(usize, Kind) -> bool) -> bool {
+        let ios: Vec<IoId> = self
+            .work
+            .iter()
+            .filter(|(_, work)| work.ended.is_none() && work.disk.is_some_and(|(disk, _)| wanted(disk, work.kind)))
+            .map(|(io, _)| *io)
+            .collect();
+        for io in &ios {
+            let Some(mut work) = self.work.remove(io) else { continue };
+            if let Some((disk, generation)) = work.disk
+                && self.disks[disk].generation == generation
+            {
+                self.do_a_part(disk, &work);
+                self.disks[disk].trouble.suspect = true;
+            }
+            work.ended = Some((Outcome::Failed(Errno::EIO), End::Error));
+            self.work.insert(*io, work);
+        }
+        self.excused |= !ios.is_empty();
+        !ios.is_empty()
+    }
+
+    fn bus_reset(&mut self) -> bool {
+        self.fail_in_flight(|_, _| true)
+    }
+
+    /// Data only: metadata of the last leg is what the mirror gives up on, as after a bus reset.
+    fn last_leg(&mut self) -> bool {
+        let carrying: Vec<Slot> = Slot::BOTH.into_iter().filter(|slot| self.status.legs[slot.index()].state == LegState::In).collect();
+        let [slot] = carrying[..] else { return false };
+        let Some(last) = self.place[slot.index()] else { return false };
+        self.fail_in_flight(|disk, kind| {
+            disk == last && matches!(kind, Kind::Write | Kind::WriteFua | Kind::Zero | Kind::Read | Kind::CopyRead)
+        })
+    }
+
+    /// What is broken works again, with what it holds. A disk that lied stays what it is until it is blank.
+    pub(super) fn heal(&mut self) {
+        for disk in &mut self.disks {
+            let (lies, suspect) = (disk.trouble.lies, disk.trouble.suspect || !disk.trouble.is_sound());
+            disk.trouble = super::disk::Trouble { lies, suspect, ..Default::default() };
+        }
+        self.witness_errors = 0;
+    }
+
+    /// Attaches a disk to a slot whose leg is OUT, as the mirror says that it may come back.
+    pub(super) fn attach(&mut self) {
+        self.make_room();
+        let busy = self.asked.values().any(|asked| matches!(asked, Asked::Attach { .. }));
+        if !self.status.ready || self.status.read_only || self.stopping || busy {
+            return;
+        }
+        let Some(record) = self.record() else { return };
+        let out = |slot: Slot| {
+            let state = record.members[slot.index()].state;
+            matches!(state, MemberState::Out | MemberState::OutUnfilled) && self.status.legs[slot.index()].state == LegState::Out
+        };
+        let Some(free) = Slot::BOTH.into_iter().find(|slot| out(*slot)) else { return };
+        let used = self.place[free.other().index()];
+        let there = |disk: &usize| Some(*disk) != used && !self.disks[*disk].trouble.gone && !self.disks[*disk].trouble.frozen;
+        let candidates: Vec<usize> = (0..self.disks.len()).filter(there).collect();
+        if candidates.is_empty() {
+            return;
+        }
+        let disk = candidates[self.rng.below(candidates.len() as u64) as usize];
+        let before = self.place;
+        let known = self.mirror.as_ref().and_then(|mirror| mirror.readmission(&self.disks[disk].meta));
+        let (slot, leg, fill) = match (known, self.disks[disk].leg()) {
+            (Some((slot, Fill::DirtyRegions)), Some(leg)) => (slot, leg, Fill::DirtyRegions),
+            // Nothing that is there may be trusted: an empty leg of a new name.
+            (_, leg) => {
+                let counted = |leg| record.members.iter().any(|member| member.leg == leg && member.state == MemberState::In);
+                if leg.is_some_and(counted) {
+                    return;
+                }
+                let id = self.new_leg_id();
+                self.disks[disk].replace(format::spare_leg(VOLUME, id, self.blocks));
+                (free, id, Fill::Everything)
+            }
+        };
+        if slot != free {
+            return;
+        }
+        self.disks[disk].trouble.suspect = false;
+        self.place[slot.index()] = Some(disk);
+        let tag = self.ask("attach", Asked::Attach { slot }, Request::Attach { slot, leg, fill });
+        let busy = !self.asked.contains_key(&tag);
+        if busy && self.status.legs[slot.index()].state == LegState::Out {
+            self.place = before;
+        }
+    }
+
+    pub(super) fn detach(&mut self, slot: Slot) {
+        if self.may_fail(slot) {
+            self.ask("detach", Asked::Other, Request::Detach(slot));
+        }
+    }
+
+    /// Whether a superblock or bitmap page is being written.
+    pub(super) fn is_metadata(op: &Op) -> bool {
+        matches!(op, Op::Leg(LegOp::WriteMeta { .. }) | Op::Witness(..))
+    }
+}

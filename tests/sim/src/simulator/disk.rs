@@ -1,0 +1,195 @@
+//! One simulated disk: a cache that may land in any order, what survives a power cut, one leg's metadata, and what is wrong with it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use lockstep_core::{
+    format,
+    units::{BlockRange, LegId},
+};
+
+use super::VOLUME;
+use crate::world::Rng;
+
+/// Bytes of `meta` that are simulated: the superblocks and the first bitmap page.
+pub(super) const META: usize = 65536 + 8192;
+const BITMAP_AT: usize = 65536;
+/// A torn page comes through in pieces smaller than a record, so that the whole guarantee is the checksum's.
+const PIECE: usize = 32;
+
+/// What one block went through: values with the number of the write that brought them.
+#[derive(Clone, Debug, Default)]
+struct Cell {
+    durable: (u64, u64),
+    /// Newest last; each of them may be what a power cut leaves.
+    cache: Vec<(u64, u64)>,
+}
+
+/// What is wrong with a disk now.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Trouble {
+    /// It is gone: everything fails.
+    pub gone: bool,
+    /// So many of the next operations fail, having done a part.
+    pub errors: u8,
+    /// The same for operations of one kind.
+    pub flush_errors: u8,
+    pub meta_errors: u8,
+    /// So many of the next operations end with a host fault.
+    pub host_faults: u8,
+    /// So many of the next writes find no space.
+    pub no_space: u8,
+    /// Reads here fail until it is written.
+    pub unreadable: BTreeSet<u64>,
+    /// Writes here fail.
+    pub unwritable: BTreeSet<u64>,
+    /// Flushes do nothing. The next power cut leaves it blank.
+    pub lies: bool,
+    /// Nothing ends until it thaws.
+    pub frozen: bool,
+    /// Something failed, and what the mirror makes of it is not seen yet.
+    pub suspect: bool,
+}
+
+impl Trouble {
+    pub(super) fn is_sound(&self) -> bool {
+        let failing = self.errors > 0 || self.flush_errors > 0 || self.meta_errors > 0 || self.host_faults > 0 || self.no_space > 0;
+        let bad = !self.unreadable.is_empty() || !self.unwritable.is_empty();
+        !(self.gone || failing || bad || self.lies || self.frozen || self.suspect)
+    }
+}
+
+/// One disk.
+#[derive(Clone, Debug)]
+pub(super) struct Disk {
+    cells: BTreeMap<u64, Cell>,
+    next: u64,
+    /// The leg's metadata; all zeroes: a blank disk.
+    pub meta: Vec<u8>,
+    /// Counts the legs that were made here: what is still under way to an older one touches nothing.
+    pub generation: u64,
+    pub trouble: Trouble,
+    /// The newest bitmap page's dirty regions.
+    pub dirty: BTreeSet<u64>,
+}
+
+impl Disk {
+    pub(super) fn new(mut meta: Vec<u8>) -> Self {
+        meta.resize(META, 0);
+        let mut disk = Self { cells: BTreeMap::new(), next: 1, meta, generation: 0, trouble: Trouble::default(), dirty: BTreeSet::new() };
+        disk.dirty = disk.dirty_regions();
+        disk
+    }
+
+    /// A new leg, or nothing, in place of what was here.
+    pub(super) fn replace(&mut self, meta: Vec<u8>) {
+        *self = Self { generation: self.generation + 1, ..Self::new(meta) };
+    }
+
+    pub(super) fn leg(&self) -> Option<LegId> {
+        Some(format::superblock(&self.meta).ok()?.0.leg)
+    }
+
+    pub(super) fn read(&self, block: u64) -> u64 {
+        self.cells.get(&block).map_or(0, |cell| cell.cache.last().unwrap_or(&cell.durable).1)
+    }
+
+    /// What a power cut would leave if nothing of the cache came through.
+    pub(super) fn durable(&self, block: u64) -> u64 {
+        self.cells.get(&block).map_or(0, |cell| cell.durable.1)
+    }
+
+    pub(super) fn write(&mut self, block: u64, value: u64, fua: bool) {
+        self.trouble.unreadable.remove(&block);
+        if value == 0 && !self.cells.contains_key(&block) {
+            return; // it never held anything else
+        }
+        let cell = self.cells.entry(block).or_default();
+        if fua {
+            cell.durable = (self.next, value);
+            cell.cache.clear();
+        } else {
+            cell.cache.push((self.next, value));
+        }
+        self.next += 1;
+    }
+
+    /// Names what a flush that is asked for now must cover.
+    pub(super) fn flush_mark(&self) -> u64 {
+        self.next
+    }
+
+    pub(super) fn flush(&mut self, mark: u64) {
+        for cell in self.cells.values_mut() {
+            if let Some(newest) = cell.cache.iter().rev().find(|(n, _)| *n < mark).copied() {
+                cell.durable = newest;
+                cell.cache.retain(|(n, _)| *n >= mark);
+            }
+        }
+    }
+
+    pub(super) fn power_cut(&mut self, rng: &mut Rng) {
+        let keep = rng.below(4);
+        for cell in self.cells.values_mut() {
+            let n = match keep {
+                0 => 0,
+                1 => cell.cache.len(),
+                _ => rng.below(cell.cache.len() as u64 + 1) as usize,
+            };
+            if n > 0 {
+                cell.durable = cell.cache[n - 1];
+            }
+            cell.cache.clear();
+        }
+    }
+
+    /// The first run of written blocks. What was zeroed is a hole again: that is what ZERO_RANGE makes of it.
+    pub(super) fn next_data(&self, range: BlockRange) -> Option<BlockRange> {
+        let mut written = self.cells.range(range.start..range.end).map(|(block, _)| *block).filter(|block| self.read(*block) != 0);
+        let start = written.next()?;
+        let mut end = start + 1;
+        for block in written {
+            if block != end {
+                break;
+            }
+            end += 1;
+        }
+        Some(BlockRange::new(start, end))
+    }
+
+    /// Blocks that were ever written.
+    pub(super) fn blocks(&self) -> impl Iterator<Item = u64> + '_ {
+        self.cells.keys().copied()
+    }
+
+    /// Whether something in the range waits in the cache.
+    pub(super) fn is_cached(&self, range: BlockRange) -> bool {
+        self.cells.range(range.start..range.end).any(|(_, cell)| !cell.cache.is_empty())
+    }
+
+    pub(super) fn write_meta(&mut self, offset: u64, page: &[u8]) {
+        self.meta[offset as usize..offset as usize + page.len()].copy_from_slice(page);
+        if offset as usize >= BITMAP_AT {
+            self.dirty = self.dirty_regions();
+        }
+    }
+
+    pub(super) fn tear_meta(&mut self, rng: &mut Rng, offset: u64, page: &[u8]) {
+        tear(rng, &mut self.meta, offset, page);
+        self.dirty = self.dirty_regions();
+    }
+
+    fn dirty_regions(&self) -> BTreeSet<u64> {
+        let bits = format::bitmap_page(&self.meta, VOLUME, 0).map_or_else(Vec::new, |page| page.bits);
+        (0..bits.len() as u64 * 8).filter(|region| bits[*region as usize / 8] & (1 << (region % 8)) != 0).collect()
+    }
+}
+
+/// Any part of the page may have come through.
+pub(super) fn tear(rng: &mut Rng, file: &mut [u8], offset: u64, page: &[u8]) {
+    let keep = rng.below(4);
+    for at in (0..page.len()).step_by(PIECE) {
+        if keep == 0 || keep > 1 && rng.once_in(2) {
+            file[offset as usize + at..][..PIECE].copy_from_slice(&page[at..at + PIECE]);
+        }
+    }
+}

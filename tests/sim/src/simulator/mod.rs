@@ -1,0 +1,150 @@
+//! A deterministic simulator of everything around one mirror: three disks, a witness, a client, an operator, a clock. It drives the core that
+//! the product runs. A seed replays a run exactly; a run that breaks an oracle is shrunk to the lines of its script that it needs.
+//!
+//! **The fault budget.** What the rules promise to survive, and all that the simulator does. The disks in the mirror's places are D
+//! and E.
+//! - A crash at any event: of the process (the disks go on with what they were given, wholly or in part), or of the machine (each
+//!   disk keeps what it flushed, and of each other block any version; metadata in flight is torn in pieces of 32 bytes).
+//! - One disk at a time is unsound: gone, blank after a crash, frozen, failing operations (having done a part of them), unreadable or
+//!   unwritable in places, full, or lying about flushes (then the next power cut leaves it blank: a disk that lies and stays is survived
+//!   by no mirror). D may become unsound only while E is sound and counts, by memory and by the witness. D stays unsound until
+//!   the mirror was seen to be quiet with it, or it was started anew.
+//! - Host faults and short counts on every disk, fewer than the reissues in a row; more are the leg's.
+//! - A moment in which both disks fail what they have in flight, both disks full, an error of the last leg: no answer is lost, but
+//!   requests may end with errors. Otherwise a request that ends with an error breaks an oracle.
+//! - When the mirror gave up, because its last leg could not record who counts, what was not answered may change at the next start.
+//! - At a start, any disks may be missing, in any order. If none is there that the witness counts, assembly must refuse; if one is, it
+//!   must not. What is missing returns later, stale.
+//! - The witness fails for a while; or is lost in a crash while both legs' disks are there and hold superblocks. Then assembly
+//!   must refuse one leg alone, and take both.
+//! - The object's copy of the epoch lags.
+//!
+//! Not simulated: the witness or a disk put back from an old copy; two disks lost at once; memory that changes.
+
+mod boot;
+mod budget;
+mod coverage;
+mod disk;
+mod machine;
+mod script;
+mod shell;
+
+use std::{
+    collections::BTreeMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+};
+
+use lockstep_core::units::VolumeId;
+
+pub use coverage::{Coverage, End, Kind, State, forbidden};
+pub use script::{Action, Crash, Fault, Line, Profile, script};
+
+use machine::Machine;
+
+const VOLUME: VolumeId = VolumeId([9; 16]);
+/// Runs that finding a minimal script may take.
+const SHRINKING: u32 = 1000;
+/// How many of the last things that happened are shown.
+const TOLD: usize = 10_000;
+
+/// An oracle that broke.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Broken {
+    /// Which.
+    pub oracle: &'static str,
+    /// What it saw.
+    pub text: String,
+}
+
+impl Broken {
+    fn new(oracle: &'static str, text: impl Into<String>) -> Self {
+        Self { oracle, text: text.into() }
+    }
+}
+
+/// Besides what the oracles see from outside, the core's own assertions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watch {
+    /// Oracles only.
+    Oracles,
+    /// `Mirror::check_invariants` after every event too.
+    Invariants,
+}
+
+/// One run of these lines: what it reached, or what broke.
+pub fn run(seed: u64, lines: &[Line], watch: Watch) -> (Coverage, Option<Broken>) {
+    let (coverage, broken, _) = play(seed, lines, watch, false);
+    (coverage, broken)
+}
+
+fn play(seed: u64, lines: &[Line], watch: Watch, tell: bool) -> (Coverage, Option<Broken>, Vec<String>) {
+    let mut machine = Machine::new(seed, Profile::of(seed), watch, tell);
+    let ended = catch_unwind(AssertUnwindSafe(|| machine.play(lines)));
+    let broken = match ended {
+        Ok(()) => machine.broken.take(),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+            Some(Broken::new("panic", text.unwrap_or_default()))
+        }
+    };
+    (machine.coverage, broken, machine.told)
+}
+
+/// The run of a seed.
+pub fn run_seed(seed: u64, watch: Watch) -> (Coverage, Option<Broken>) {
+    run(seed, &script(seed, &Profile::of(seed)), watch)
+}
+
+/// Why a seed fails: the oracle, the script that is left of it, and what happened.
+pub fn explain(seed: u64, watch: Watch) -> Option<String> {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| ()));
+    let lines = script(seed, &Profile::of(seed));
+    let text = run(seed, &lines, watch).1.map(|broken| {
+        let lines = script::shrink(lines, SHRINKING, |rest| run(seed, rest, watch).1.is_some_and(|other| other.oracle == broken.oracle));
+        let (_, last, told) = play(seed, &lines, watch, true);
+        let last = last.unwrap_or(broken);
+        let script: Vec<String> = lines.iter().map(|(action, salt)| format!("    ({action:?}, {salt:#x}),")).collect();
+        let told = told[told.len().saturating_sub(TOLD)..].join("\n");
+        format!(
+            "seed {seed}: {}: {}\n{:?}\n-- minimal script, {} lines\n{}\n-- what happened\n{told}\nseed {seed} broke an oracle",
+            last.oracle,
+            last.text,
+            Profile::of(seed),
+            lines.len(),
+            script.join("\n"),
+        )
+    });
+    std::panic::set_hook(hook);
+    text
+}
+
+/// What many seeds reached.
+#[derive(Clone, Debug, Default)]
+pub struct Summary {
+    /// All of it.
+    pub coverage: Coverage,
+    operations: Vec<u64>,
+    crashes: Vec<u64>,
+    faults: Vec<u64>,
+}
+
+impl Summary {
+    /// Adds one seed's.
+    pub fn add(&mut self, coverage: &Coverage) {
+        let sum = |counts: &BTreeMap<&str, u64>| counts.values().sum();
+        self.operations.push(sum(&coverage.operations));
+        self.crashes.push(sum(&coverage.crashes));
+        self.faults.push(sum(&coverage.faults));
+        self.coverage.add(coverage);
+    }
+
+    /// Medians per seed: client operations, crashes, other faults.
+    pub fn medians(&self) -> [u64; 3] {
+        [&self.operations, &self.crashes, &self.faults].map(|counts| {
+            let mut counts = counts.clone();
+            counts.sort_unstable();
+            counts.get(counts.len() / 2).copied().unwrap_or(0)
+        })
+    }
+}
