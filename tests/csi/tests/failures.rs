@@ -423,8 +423,8 @@ async fn csi_node_is_killed_while_a_volume_grows() {
         let grow = tokio::spawn(async move { client.controller_expand(&id, 1200 * MIB).await });
         tokio::time::sleep(Duration::from_millis(u64::from(2 + round * 3))).await;
         driver.kill_node();
-        drop(grow.await);
         driver.start_node().await;
+        drop(grow.await);
         let grown = driver.client.controller_expand(&place.id, 1200 * MIB).await;
         assert_eq!(grown.unwrap_or_else(|error| panic!("round {round}: {error}")), 1200 << 20);
         place.up(&driver.client).await.unwrap();
