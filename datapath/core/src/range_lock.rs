@@ -4,6 +4,10 @@
 //! that it overlaps, in flight or queued, and is woken once, by count. A read waits only for the user writes and repairs that were
 //! already issued when it came; nobody waits for a read. Dependencies point only backwards, so there is no cycle.
 //!
+//! A read that a user write was issued beside may have seen what that write will not leave behind (it fails on the other leg, it is taken back
+//! for want of space, the process dies): it is `raced` and must be read again, as an entry that waits for every earlier user write and that later
+//! ones wait for.
+//!
 //! The table is a vector that is scanned: it is as long as the queue is deep, and a scan of 256 entries costs less than a tree's
 //! rebalancing. `tests` compare it with a naive model.
 
@@ -23,6 +27,8 @@ pub enum Class {
     Copy,
     /// A read.
     Read,
+    /// A read that was raced.
+    ReadAgain,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -36,17 +42,21 @@ struct Entry {
     issued: u64,
     /// When it came.
     arrived: u64,
+    /// A read: an overlapping user write was issued while it was under way.
+    raced: bool,
 }
 
 impl Entry {
     /// Whether `self`, which came later, was counted as waiting for `earlier`.
     fn waits_for(&self, earlier: &Self) -> bool {
-        if earlier.class == Class::Read || !self.range.overlaps(earlier.range) {
+        if !self.range.overlaps(earlier.range) {
             return false;
         }
-        match self.class {
-            Class::Read => earlier.class == Class::User && earlier.issued != 0 && earlier.issued < self.arrived,
-            Class::User | Class::Copy => true,
+        match (self.class, earlier.class) {
+            (Class::Read, Class::User) => earlier.issued != 0 && earlier.issued < self.arrived,
+            (Class::ReadAgain, Class::User) | (Class::User, Class::ReadAgain) => true,
+            (Class::User | Class::Copy, Class::User | Class::Copy) => true,
+            (Class::Read | Class::ReadAgain, _) | (_, Class::Read | Class::ReadAgain) => false,
         }
     }
 }
@@ -68,7 +78,7 @@ impl RangeLock {
     pub fn acquire(&mut self, id: EntryId, range: BlockRange, class: Class) -> bool {
         debug_assert!(!range.is_empty());
         self.clock += 1;
-        let mut entry = Entry { id, range, class, blockers: 0, issued: 0, arrived: self.clock };
+        let mut entry = Entry { id, range, class, blockers: 0, issued: 0, arrived: self.clock, raced: false };
         entry.blockers = self.entries.iter().filter(|earlier| entry.waits_for(earlier)).count() as u32;
         if entry.blockers == 0 {
             self.clock += 1;
@@ -76,7 +86,22 @@ impl RangeLock {
         }
         let granted = entry.blockers == 0;
         self.entries.push(entry);
+        if granted && class == Class::User {
+            self.race(range);
+        }
         granted
+    }
+
+    /// A user write of this range is issued.
+    fn race(&mut self, range: BlockRange) {
+        for read in self.entries.iter_mut().filter(|read| read.class == Class::Read && read.issued != 0) {
+            read.raced |= read.range.overlaps(range);
+        }
+    }
+
+    /// Whether an overlapping user write was issued while this read was under way.
+    pub fn raced(&self, id: EntryId) -> bool {
+        self.entries.iter().any(|entry| entry.id == id && entry.raced)
     }
 
     /// Takes an entry away and appends those that nothing is before any more, in order of arrival; they are issued now.
@@ -89,6 +114,7 @@ impl RangeLock {
         if gone.class == Class::Read {
             return;
         }
+        let before = woken.len();
         for entry in &mut self.entries[at..] {
             if entry.blockers > 0 && entry.waits_for(&gone) {
                 entry.blockers -= 1;
@@ -97,6 +123,12 @@ impl RangeLock {
                     entry.issued = self.clock;
                     woken.push(entry.id);
                 }
+            }
+        }
+        for id in &woken[before..] {
+            let issued = self.entries.iter().find(|entry| entry.id == *id && entry.class == Class::User);
+            if let Some(range) = issued.map(|entry| entry.range) {
+                self.race(range);
             }
         }
     }
@@ -165,6 +197,25 @@ mod tests {
         let mut woken = vec![];
         lock.release(4, &mut woken);
         assert_eq!(woken, [5]);
+        lock.check_invariants();
+    }
+
+    #[test]
+    fn a_read_that_a_write_was_issued_beside_is_read_again_between_the_writes() {
+        let mut lock = RangeLock::new();
+        assert!(lock.acquire(1, range(0, 4), Class::Read));
+        assert!(lock.acquire(2, range(4, 8), Class::User));
+        assert!(!lock.raced(1));
+        assert!(!lock.acquire(3, range(2, 6), Class::User) && !lock.raced(1), "it is queued");
+        let mut woken = vec![];
+        lock.release(2, &mut woken);
+        assert!(woken == [3] && lock.raced(1));
+        lock.release(1, &mut woken);
+        assert!(!lock.acquire(4, range(0, 4), Class::ReadAgain));
+        assert!(!lock.acquire(5, range(0, 2), Class::User));
+        lock.release(3, &mut woken);
+        lock.release(4, &mut woken);
+        assert_eq!(woken, [3, 4, 5]);
         lock.check_invariants();
     }
 

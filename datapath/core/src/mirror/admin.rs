@@ -108,7 +108,8 @@ impl Mirror {
             || !self.copies.is_empty()
             || self.batch.is_some()
             || self.transition.is_some();
-        let cleared = self.pages_idle() || self.read_only.is_some();
+        // A leg that fails in the last flush is durably OUT before the stop is answered.
+        let cleared = self.pages_idle() && self.transition.is_none() || self.read_only.is_some();
         let Some(stopping) = &mut self.stopping else { return };
         match stopping.stage {
             StopStage::Draining if !busy && self.attach.is_none() && self.growing.is_none() => {

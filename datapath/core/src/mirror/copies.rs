@@ -146,7 +146,8 @@ impl Mirror {
         let Some(copy) = self.copies.get_mut(&id) else { return };
         let (from, to) = copy.ends();
         let buffer = Buffer::Copy { index: copy.buffer.unwrap_or(0), skip: 0 };
-        let fresh = matches!(copy.purpose, CopyFor::Sync { fill: Some(Fill::Everything), .. });
+        // Not after a crash: it may have kept a write that its source lost.
+        let fresh = self.fresh && matches!(copy.purpose, CopyFor::Sync { fill: Some(Fill::Everything), .. });
         match (copy.step, ended) {
             (Step::Seek, Ok(extent)) => {
                 let end = copy.range.end;
@@ -245,6 +246,7 @@ impl Mirror {
         if copy.holds_lock() {
             self.bitmap.unhold(copy.range);
             self.lock.release(id, &mut self.woken);
+            self.arm_clean();
         }
         self.held.retain(|held| *held != id);
         match copy.purpose {

@@ -155,6 +155,8 @@ pub struct Mirror {
     transition: Option<Transition>,
     restate: bool,
     syncing: Option<Syncing>,
+    /// The leg that is filled from nothing still reads as zeroes where nothing was copied or written to both.
+    fresh: bool,
     generation: u64,
     copy_buffers: [bool; COPY_WINDOW as usize],
     buffer_queue: Vec<EntryId>,
@@ -223,6 +225,7 @@ impl Mirror {
             transition: None,
             restate: false,
             syncing: None,
+            fresh: false,
             generation: 0,
             copy_buffers: [false; COPY_WINDOW as usize],
             buffer_queue: Vec::new(),
@@ -391,9 +394,12 @@ impl Mirror {
     /// A leg failed. The last IN leg never goes (mirror rule 14).
     fn fail_leg(&mut self, slot: Slot, error: Errno, out: &mut Effects) {
         let other_in = self.legs[slot.other().index()].state == State::In;
+        let finishing = self.transition.as_ref().is_some_and(|transition| transition.finishes(slot));
         let leg = &mut self.legs[slot.index()];
         leg.state = match leg.state {
             State::In if other_in => State::Leaving,
+            // The record that counts it may be durable already: no answer that misses it goes out.
+            State::Recovering(_) if finishing => State::Leaving,
             State::Recovering(_) => State::Dropping,
             _ => return,
         };

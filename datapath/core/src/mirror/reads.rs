@@ -69,7 +69,13 @@ impl Mirror {
         let Some(read) = self.reads.get(&id) else { return };
         let (range, piece, tried) = (read.range, read.piece, read.tried);
         if tried[slot.other().index()] {
-            self.start_repair(piece, slot, slot.other(), out);
+            // Where the legs may differ, the pinned leg must say the same before anybody was told (mirror rule 21).
+            let pinned = self.bitmap.unsynced(piece);
+            if self.start_repair(piece, slot, slot.other(), out) && pinned {
+                let Some(read) = self.reads.remove(&id) else { return };
+                self.lock.release(id, &mut self.woken);
+                return self.read_again(read.tag, range, out);
+            }
         }
         if piece.end == range.end {
             return self.finish_read(id, Ok(()), out);
@@ -106,22 +112,38 @@ impl Mirror {
 
     fn finish_read(&mut self, id: EntryId, result: Result<(), Errno>, out: &mut Effects) {
         let Some(read) = self.reads.remove(&id) else { return };
+        let raced = result.is_ok() && self.lock.raced(id);
         self.lock.release(id, &mut self.woken);
+        if raced {
+            return self.read_again(read.tag, read.range, out);
+        }
         Self::answer(read.tag, result, out);
     }
 
-    /// Puts on `bad` what `good` holds, under the range lock, and reads it back.
-    fn start_repair(&mut self, range: BlockRange, good: Slot, bad: Slot, out: &mut Effects) {
-        let repairable = self.legs[bad.index()].state == State::In && self.read_only.is_none() && self.stopping.is_none();
-        let known = self.copies.values().any(|copy| copy.purpose == CopyFor::Repair && copy.range == range);
-        if !repairable || known {
-            return;
+    /// What was read beside a write may not last: it is read when that write is final (mirror rule 7).
+    fn read_again(&mut self, tag: Tag, range: BlockRange, out: &mut Effects) {
+        let id = self.next_entry();
+        self.reads.insert(id, Read { tag, range, piece: range, tried: [false; 2] });
+        if self.lock.acquire(id, range, Class::ReadAgain) {
+            self.issue_read(id, out);
+        }
+    }
+
+    /// Puts on `bad` what `good` holds, under the range lock, and reads it back. `false`: it will not.
+    fn start_repair(&mut self, range: BlockRange, good: Slot, bad: Slot, out: &mut Effects) -> bool {
+        if self.legs[bad.index()].state != State::In || self.read_only.is_some() || self.stopping.is_some() {
+            return false;
+        }
+        if self.copies.values().any(|copy| copy.purpose == CopyFor::Repair && copy.range == range) {
+            return true;
         }
         let leg = &mut self.legs[bad.index()];
         leg.repairs += 1;
         if leg.repairs > super::REPAIR_BUDGET {
-            return self.fail_leg(bad, Errno::EIO, out);
+            self.fail_leg(bad, Errno::EIO, out);
+            return false;
         }
         self.start_locked_copy(range, good, bad, CopyFor::Repair, Class::User, out);
+        true
     }
 }

@@ -43,6 +43,8 @@ pub(super) struct Syncing {
     pos: BlockRange,
     in_flight: u64,
     region_failed: bool,
+    /// Its legs came to differ again while it was copied.
+    again: bool,
     failed: bool,
     done: u64,
     total: u64,
@@ -70,6 +72,7 @@ impl Mirror {
             pos: BlockRange::new(0, 0),
             in_flight: 0,
             region_failed: false,
+            again: false,
             failed: false,
             done: 0,
             total,
@@ -109,6 +112,21 @@ impl Mirror {
         }
     }
 
+    /// A leg that is being filled took a write that the only leg that counts did not: what is there is copied (again).
+    pub(super) fn recopy(&mut self, out: &mut Effects) {
+        if self.legs.iter().any(|leg| matches!(leg.state, State::Recovering(_))) {
+            self.fresh = false;
+            self.cancel_sync(out);
+        }
+    }
+
+    /// A region that is being resynced differs again: it is not done with the end of this pass.
+    pub(super) fn resync_again(&mut self, region: usize) {
+        if let Some(syncing) = &mut self.syncing {
+            syncing.again |= syncing.region == Some(region);
+        }
+    }
+
     pub(super) fn retry_sync(&mut self) {
         if self.syncing.as_ref().and_then(|syncing| syncing.retry_at).is_some_and(|at| at <= self.now) {
             self.syncing = None;
@@ -120,7 +138,7 @@ impl Mirror {
         if idle || self.attach.is_some() {
             return;
         }
-        if self.syncing.is_none() && self.stopping.is_none() {
+        if self.syncing.is_none() && self.stopping.is_none() && !self.stopped {
             self.choose_sync(out);
         }
         loop {
@@ -169,7 +187,7 @@ impl Mirror {
         if let Some(region) = syncing.region.take() {
             syncing.done += 1;
             syncing.failed |= syncing.region_failed;
-            if syncing.target.is_none() && !syncing.region_failed {
+            if syncing.target.is_none() && !syncing.region_failed && !syncing.again {
                 self.bitmap.regions[region].unsynced = false;
             }
             let everything = matches!(syncing.target, Some((_, Fill::Everything)));
@@ -181,7 +199,7 @@ impl Mirror {
         let Some(syncing) = &mut self.syncing else { return };
         if let Some(region) = syncing.todo.pop_front() {
             syncing.region = Some(region);
-            syncing.region_failed = false;
+            (syncing.region_failed, syncing.again) = (false, false);
             syncing.pos = blocks_of(region, self.blocks);
         } else if syncing.target.is_none() {
             if syncing.failed {

@@ -9,7 +9,7 @@ use crate::{
     format::{Superblock, encode_superblock, encode_witness},
     io::{Effect, Effects, Fill, LegOp, Notice},
     membership::{MemberState, Record},
-    units::{Errno, Instant, IoId, Slot, Tag},
+    units::{Errno, Instant, IoId, Slot},
 };
 
 /// A witness write is retried so often, with growing pauses, before those who wait get EIO.
@@ -22,7 +22,6 @@ enum Kind {
     Assemble,
     Out,
     StartRebuild {
-        tag: Tag,
         slot: Slot,
         fill: Fill,
     },
@@ -60,6 +59,13 @@ pub(super) struct Transition {
     pub(super) retry_at: Option<Instant>,
 }
 
+impl Transition {
+    /// Whether it makes this slot's leg IN.
+    pub(super) fn finishes(&self, slot: Slot) -> bool {
+        self.kind == Kind::FinishRebuild { slot }
+    }
+}
+
 impl Mirror {
     /// Begins the most urgent change, if none is under way.
     pub(super) fn pump_transition(&mut self, out: &mut Effects) {
@@ -74,11 +80,11 @@ impl Mirror {
             Kind::Assemble
         } else if core::mem::take(&mut self.restate) {
             Kind::Restate
-        } else if let Some((tag, slot, fill)) = self.attach {
+        } else if let Some((_, slot, fill)) = self.attach {
             if !self.drained() {
                 return;
             }
-            Kind::StartRebuild { tag, slot, fill }
+            Kind::StartRebuild { slot, fill }
         } else if let Some((slot, _)) = full {
             Kind::FinishRebuild { slot }
         } else if let Some(blocks) = self.growing.as_ref().filter(|growing| growing.pages_written).map(|growing| growing.blocks) {
@@ -209,8 +215,13 @@ impl Mirror {
             }
             out.push(Effect::Notice(Notice::WitnessFailed { error }));
             return match transition.kind {
-                Kind::StartRebuild { .. } | Kind::FinishRebuild { .. } => {
+                Kind::StartRebuild { .. } => {
                     self.restate = true;
+                    self.abandon(out);
+                }
+                Kind::FinishRebuild { slot } => {
+                    // What was reported as failed may have landed all the same: the leg counts until it is durably OUT.
+                    self.fail_leg(slot, error, out);
                     self.abandon(out);
                 }
                 _ => self.fail_gated(out),
@@ -228,18 +239,24 @@ impl Mirror {
     fn abandon(&mut self, out: &mut Effects) {
         let Some(transition) = self.transition.take() else { return };
         match transition.kind {
-            Kind::StartRebuild { tag, slot, .. } => {
-                self.attach = None;
+            Kind::StartRebuild { slot, .. } => {
                 if transition.stage == Stage::NewLeg {
                     self.record = transition.record;
                     self.legs[slot.index()].state = State::Dropping;
                 }
-                Self::answer(tag, Err(Errno::EIO), out);
+                self.attached(Err(Errno::EIO), out);
                 self.resume(out);
             }
             Kind::FinishRebuild { .. } => self.cancel_sync(out),
             Kind::Restate => self.restate = true,
             Kind::Assemble | Kind::Out | Kind::Grow { .. } | Kind::Checkpoint { .. } => {}
+        }
+    }
+
+    /// Who asked for a leg is answered, if the mirror did not give up meanwhile.
+    fn attached(&mut self, result: Result<(), Errno>, out: &mut Effects) {
+        if let Some((tag, ..)) = self.attach.take() {
+            Self::answer(tag, result, out);
         }
     }
 
@@ -250,13 +267,15 @@ impl Mirror {
         match transition.kind {
             Kind::Assemble | Kind::Restate => {}
             Kind::Out => self.legs_out(out),
-            Kind::StartRebuild { tag, slot, fill } => {
+            Kind::StartRebuild { slot, fill } => {
                 self.checkpoint = 0;
-                self.attach = None;
+                self.fresh = fill == Fill::Everything;
                 self.legs[slot.index()].state = State::Recovering(fill);
-                Self::answer(tag, Ok(()), out);
+                self.attached(Ok(()), out);
                 self.resume(out);
             }
+            // It failed meanwhile: the next record takes it OUT.
+            Kind::FinishRebuild { slot } if self.legs[slot.index()].state == State::Leaving => {}
             Kind::FinishRebuild { slot } => {
                 self.checkpoint = 0;
                 self.legs[slot.index()].state = State::In;
@@ -267,17 +286,17 @@ impl Mirror {
                 }
                 out.push(Effect::Notice(Notice::RebuildCompleted { slot }));
                 self.resume(out);
-                self.arm_clean();
             }
             Kind::Grow { blocks } => self.grown(blocks, out),
             Kind::Checkpoint { block } => self.checkpoint = block,
         }
+        // A clean pass that came meanwhile was passed over.
+        if self.bitmap.dirty() > 0 {
+            self.arm_clean();
+        }
         if !self.ready {
             self.ready = true;
             out.push(Effect::Notice(Notice::Assembled));
-            if self.bitmap.dirty() > 0 {
-                self.arm_clean();
-            }
             for (tag, request) in core::mem::take(&mut self.early) {
                 self.submit(tag, request, out);
             }

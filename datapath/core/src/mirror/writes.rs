@@ -101,6 +101,7 @@ impl Mirror {
                     }
                     self.start_mend(Mend { write: id, reversed: false }, range, refused, out);
                 } else {
+                    self.recopy(out);
                     self.finish_write(id, Err(Errno::ENOSPC), out);
                 }
             }
@@ -108,6 +109,8 @@ impl Mirror {
                 if self.in_count() == 2 {
                     out.push(Effect::Notice(Notice::WriteFailedOnBoth { range }));
                     self.mark_unsynced(range);
+                } else {
+                    self.recopy(out);
                 }
                 self.finish_write(id, Err(Errno::EIO), out);
             }
@@ -159,6 +162,7 @@ impl Mirror {
         self.bitmap.maybe_unsynced = true;
         for region in crate::bitmap::regions_of(range) {
             self.bitmap.regions[region].unsynced = true;
+            self.resync_again(region);
         }
     }
 
@@ -187,7 +191,7 @@ impl Mirror {
     pub(super) fn fail_gated_write(&mut self, id: EntryId, out: &mut Effects) {
         let Some(write) = self.writes.get(&id).filter(|write| !write.answered) else { return };
         let waits_for_bits = write.stage == Stage::Bits;
-        let missed = write.stage == Stage::Issued && !self.awaited(write.reports) && self.verdict(write.reports) == Verdict::Wait;
+        let missed = write.stage == Stage::Issued && !self.awaited(write.reports);
         if waits_for_bits || missed {
             self.finish_write(id, Err(Errno::EIO), out);
         }
