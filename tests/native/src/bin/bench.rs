@@ -1,7 +1,7 @@
 //! `make bench`: the mirror against its peers on the same disks, in the same run, in turn. Ratios first; the figures of one machine mean
 //! little on another.
 //!
-//! `bench [ROUNDS [SECONDS]]`
+//! `bench [ROUNDS [SECONDS [NAME]]]`: of the workloads only those whose name has NAME in it.
 
 use std::{
     collections::BTreeMap,
@@ -39,17 +39,20 @@ const LIMITED: [Workload; 4] = [OVERWRITTEN[1], OVERWRITTEN[3], OVERWRITTEN[4], 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Contender {
     File,
+    /// fio writes the files of both legs at once: what no mirror of these disks can beat on this machine.
+    Both,
     Loop,
     Qemu,
     Lockstep,
 }
 
 impl Contender {
-    const ALL: [Self; 4] = [Self::File, Self::Loop, Self::Qemu, Self::Lockstep];
+    const ALL: [Self; 5] = [Self::File, Self::Both, Self::Loop, Self::Qemu, Self::Lockstep];
 
     const fn name(self) -> &'static str {
         match self {
             Self::File => "one leg's file",
+            Self::Both => "both legs' files",
             Self::Loop => "loop on one leg",
             Self::Qemu => "qemu quorum",
             Self::Lockstep => "Lockstep",
@@ -73,14 +76,15 @@ fn loop_on(path: &Path) -> String {
     run("losetup", &["--find", "--show", "--direct-io=on", "--sector-size=4096", &text(path)]).trim().to_owned()
 }
 
-fn start(contender: Contender, rig: &Rig, id: u8) -> (Running, String) {
+fn start(contender: Contender, rig: &Rig, id: u8) -> (Running, Vec<String>) {
     let spec = rig.new_volume(id, MIB);
     let data = spec.legs[0].dir.join("data");
     match contender {
-        Contender::File => (Running::Plain, text(&data)),
+        Contender::File => (Running::Plain, vec![text(&data)]),
+        Contender::Both => (Running::Plain, vec![text(&data), text(&spec.legs[1].dir.join("data"))]),
         Contender::Loop => {
             let device = loop_on(&data);
-            (Running::Loop(device.clone()), device)
+            (Running::Loop(device.clone()), vec![device])
         }
         Contender::Qemu => {
             let mount = rig.dir().join(format!("qemu{id}"));
@@ -101,13 +105,13 @@ fn start(contender: Contender, rig: &Rig, id: u8) -> (Running, String) {
                 std::thread::sleep(Duration::from_millis(20));
             }
             let device = loop_on(&mount);
-            (Running::Qemu(child, device.clone(), mount), device)
+            (Running::Qemu(child, device.clone(), mount), vec![device])
         }
         Contender::Lockstep => {
             let program = std::env::current_exe().expect("our own path").with_file_name("serve");
             let server = Server::start(&text(&program), &[spec]);
             let device = text(&server.devices[0]);
-            (Running::Lockstep(server), device)
+            (Running::Lockstep(server), vec![device])
         }
     }
 }
@@ -126,14 +130,17 @@ fn stop(running: Running) {
     }
 }
 
-/// Operations a second.
-fn fio(target: &str, options: &[&str], seconds: &str) -> f64 {
-    let (filename, runtime) = (format!("--filename={target}"), format!("--runtime={seconds}"));
-    let fixed = ["--name=bench", &filename, &runtime, "--direct=1", "--ioengine=libaio", "--output-format=json", "--randrepeat=1"];
-    let output = run("fio", &[&fixed, options].concat());
+/// Operations a second; one on each of several targets counts as one, as it does for a mirror.
+fn fio(targets: &[String], options: &[&str], seconds: &str) -> f64 {
+    let runtime = format!("--runtime={seconds}");
+    let global = [&runtime, "--direct=1", "--ioengine=libaio", "--output-format=json", "--randrepeat=1"];
+    let jobs: Vec<String> = targets.iter().flat_map(|target| ["--name=bench".into(), format!("--filename={target}")]).collect();
+    let jobs: Vec<&str> = jobs.iter().map(String::as_str).collect();
+    let output = run("fio", &[&global, options, &jobs].concat());
     let json: serde_json::Value = serde_json::from_str(&output[output.find('{').unwrap_or(0)..]).expect("fio prints JSON");
-    let iops = |kind: &str| json["jobs"][0][kind]["iops"].as_f64().unwrap_or(0.0);
-    iops("read") + iops("write")
+    let jobs = json["jobs"].as_array().expect("fio names its jobs");
+    let iops = |job: &serde_json::Value, kind: &str| job[kind]["iops"].as_f64().unwrap_or(0.0);
+    jobs.iter().map(|job| iops(job, "read") + iops(job, "write")).sum::<f64>() / targets.len() as f64
 }
 
 fn median(values: &[f64]) -> (f64, f64) {
@@ -159,10 +166,22 @@ fn memory() -> (u64, u64) {
     let (fifty, server) = pss(&specs);
     server.stop();
     let (one, server) = pss(&specs[..1]);
-    fio(&text(&server.devices[0]), &["--rw=randwrite", "--bsrange=4k-1M", "--iodepth=32", "--time_based"], "2");
+    fio(&[text(&server.devices[0])], &["--rw=randwrite", "--bsrange=4k-1M", "--iodepth=32", "--time_based"], "2");
     let busy = server.pss();
     server.stop();
     (fifty.saturating_sub(none) / u64::from(IDLE), busy.saturating_sub(one))
+}
+
+/// What the user asked for.
+struct Plan {
+    seconds: String,
+    only: String,
+}
+
+impl Plan {
+    fn wants(&self, (name, _): &Workload) -> bool {
+        name.contains(&self.only)
+    }
 }
 
 /// By row: what each contender did in each round.
@@ -170,20 +189,20 @@ type Results = BTreeMap<usize, Vec<[f64; Contender::ALL.len()]>>;
 
 /// All contenders are up at once, each on disks of its own, and take turns at each workload, so that a machine that is busy with something
 /// else is so for all of them.
-fn round(number: usize, results: &mut Results, limited: &mut Results, seconds: &str, progress: &indicatif::ProgressBar) {
+fn round(number: usize, plan: &Plan, results: &mut Results, limited: &mut Results, progress: &indicatif::ProgressBar) {
     let up = Contender::ALL.map(|contender| {
         let rig = Rig::new(2, 800);
         let (running, target) = start(contender, &rig, 1);
         (contender, rig, running, target)
     });
     let take_turns = |results: &mut Results, first: usize, workloads: &[Workload]| {
-        for (index, (name, options)) in workloads.iter().enumerate() {
+        for (index, (name, options)) in workloads.iter().enumerate().filter(|(_, workload)| plan.wants(workload)) {
             let mut figures = [0.0; Contender::ALL.len()];
             for turn in 0..up.len() {
                 // Who is first changes from round to round.
                 let (contender, _, _, target) = &up[(turn + number) % up.len()];
                 progress.set_message(format!("{}: {name}", contender.name()));
-                figures[*contender as usize] = fio(target, options, seconds);
+                figures[*contender as usize] = fio(target, options, &plan.seconds);
                 progress.inc(1);
             }
             results.entry(first + index).or_default().push(figures);
@@ -208,10 +227,20 @@ fn round(number: usize, results: &mut Results, limited: &mut Results, seconds: &
 fn table(workloads: &[Workload], results: &Results) -> Table {
     let mut table = Table::new();
     table.load_style(ASCII_MARKDOWN);
-    table.set_header(["", "Lockstep / qemu", "Lockstep / loop", "Lockstep", "qemu quorum", "loop on one leg", "one leg's file"]);
+    table.set_header([
+        "",
+        "Lockstep / qemu",
+        "Lockstep / loop",
+        "Lockstep / both",
+        "Lockstep",
+        "qemu quorum",
+        "loop on one leg",
+        "both legs' files",
+        "one leg's file",
+    ]);
     for (index, (name, _)) in workloads.iter().enumerate() {
-        let rounds = &results[&index];
-        let of = |figure: &dyn Fn(&[f64; 4]) -> f64| median(&rounds.iter().map(figure).collect::<Vec<f64>>());
+        let Some(rounds) = results.get(&index) else { continue };
+        let of = |figure: &dyn Fn(&[f64; Contender::ALL.len()]) -> f64| median(&rounds.iter().map(figure).collect::<Vec<f64>>());
         let cell = |contender: Contender| {
             let (median, spread) = of(&|round| round[contender as usize]);
             format!("{median:.0} ±{spread:.0}%")
@@ -224,9 +253,11 @@ fn table(workloads: &[Workload], results: &Results) -> Table {
             (*name).to_owned(),
             ratio(Contender::Qemu),
             ratio(Contender::Loop),
+            ratio(Contender::Both),
             cell(Contender::Lockstep),
             cell(Contender::Qemu),
             cell(Contender::Loop),
+            cell(Contender::Both),
             cell(Contender::File),
         ]);
     }
@@ -236,20 +267,21 @@ fn table(workloads: &[Workload], results: &Results) -> Table {
 fn main() {
     let mut args = std::env::args().skip(1);
     let rounds: usize = args.next().map_or(5, |n| n.parse().expect("ROUNDS is a number"));
-    let seconds = args.next().unwrap_or("1".into());
+    let plan = Plan { seconds: args.next().unwrap_or("1".into()), only: args.next().unwrap_or_default() };
     let qemu = run("qemu-storage-daemon", &["--version"]);
     let cpus = std::thread::available_parallelism().map_or(0, usize::from);
     println!("{}{}, {cpus} CPUs, {}", run("date", &["--utc"]), run("uname", &["-sr"]).trim(), qemu.lines().next().unwrap_or_default());
     let workloads = [FRESH.as_slice(), &OVERWRITTEN].concat();
     let (mut results, mut limited) = (Results::new(), Results::new());
-    let runs = rounds * Contender::ALL.len() * (workloads.len() + LIMITED.len());
+    let wanted = workloads.iter().chain(&LIMITED).filter(|workload| plan.wants(workload)).count();
+    let runs = rounds * Contender::ALL.len() * wanted;
     let progress = indicatif::ProgressBar::new(runs as u64);
     progress.set_style(indicatif::ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} (eta {eta})").expect("a template"));
     for number in 0..rounds {
-        round(number, &mut results, &mut limited, &seconds, &progress);
+        round(number, &plan, &mut results, &mut limited, &progress);
     }
     progress.finish_and_clear();
-    let how = format!("median of {rounds} rounds ± half the spread, {seconds} s each");
+    let how = format!("median of {rounds} rounds ± half the spread, {} s each", plan.seconds);
     println!("\nOperations a second, {how}; {MIB} MiB on 2 disks\n{}", table(&workloads, &results));
     let (bytes, operations) = LIMITS;
     let limits = format!("each disk limited to {} MiB/s and {operations} operations/s, reads and writes apart", bytes >> 20);
