@@ -49,7 +49,7 @@ const SUPERBLOCK_MAGIC: [u8; 8] = *b"LOCKSTEP";
 const WITNESS_MAGIC: [u8; 8] = *b"LOCKWITN";
 const BITMAP_AT: u64 = 65536;
 const BITMAP_HEADER: usize = 32;
-const CRC: crc::Crc<u32> = crc::Crc::<u32>::new(&crc::CRC_32_ISCSI);
+static CRC: crc::Crc<u32, crc::Table<16>> = crc::Crc::<u32, crc::Table<16>>::new(&crc::CRC_32_ISCSI);
 
 /// How many regions a volume has.
 pub const fn regions(blocks: u64) -> u64 {
