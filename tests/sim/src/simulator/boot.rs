@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use lockstep_core::{
     COPY_WINDOW,
     assembly::{Assembly, Limits, Refusal, assemble},
-    format,
     io::{Effects, Request},
     membership::{MemberState, Record},
     status::{LegState, LegStatus, Status, Sync},
@@ -14,7 +13,7 @@ use lockstep_core::{
 
 use super::{
     End, State, VOLUME,
-    disk::tear,
+    disk::Disk,
     machine::{Asked, Machine, Op},
     script::Crash,
 };
@@ -132,7 +131,7 @@ impl Machine {
             *self.coverage.cells.entry((State::of(&self.status), work.kind, end)).or_default() += 1;
             match (&work.op, work.disk) {
                 _ if work.ended.is_some() => {}
-                (Op::Witness(offset, page), _) => tear(&mut self.rng, &mut self.witness, *offset, page),
+                (Op::Witness(offset, page), _) => self.witness.tear(&mut self.rng, *offset, page),
                 (Op::Leg(_), Some((disk, generation))) => {
                     if !self.disks[disk].trouble.gone && self.disks[disk].generation == generation {
                         self.do_a_part(disk, &work);
@@ -174,7 +173,7 @@ impl Machine {
         }
         if crash.witness_lost && record.is_some_and(|record| self.may_lose_witness(&record, lying)) {
             *self.coverage.crashes.entry("the witness is lost").or_default() += 1;
-            self.witness.fill(0);
+            self.witness.lose();
         }
         let lost = self.record().is_none();
         // Who must be there: any leg that the witness counts; without a witness, all that can know.
@@ -205,10 +204,10 @@ impl Machine {
     /// Both legs are there, the newest record names both, and each holds it or the one that it says was seen there.
     fn may_lose_witness(&self, record: &Record, lying: &[usize]) -> bool {
         let named = record.members.iter().all(|member| self.disk_of(member.leg).is_some());
-        let newest = self.disks.iter().filter_map(|disk| Some(format::superblock(&disk.meta).ok()?.0.record)).max_by_key(|r| r.name.epoch);
+        let newest = self.disks.iter().filter_map(Disk::record).max_by_key(|r| r.name.epoch);
         let same = newest.is_some_and(|newest| newest.members.map(|member| member.leg) == record.members.map(|member| member.leg));
         let full = newest.iter().flat_map(|newest| &newest.members).all(|member| {
-            let name = |disk: usize| Some(format::superblock(&self.disks[disk].meta).ok()?.0.record.name);
+            let name = |disk: usize| Some(self.disks[disk].record()?.name);
             let theirs = self.disk_of(member.leg).and_then(name);
             theirs.is_some_and(|name| name == member.seen || newest.is_some_and(|newest| newest.name == name))
         });
@@ -217,7 +216,7 @@ impl Machine {
 
     /// Whether these disks hold both legs that the newest record among them names.
     fn both_members(&self, disks: &BTreeSet<usize>) -> bool {
-        let records = disks.iter().filter_map(|disk| Some(format::superblock(&self.disks[*disk].meta).ok()?.0.record));
+        let records = disks.iter().filter_map(|disk| self.disks[*disk].record());
         let Some(newest) = records.max_by_key(|record| record.name.epoch) else { return false };
         newest.members.iter().all(|member| self.disk_of(member.leg).is_some_and(|disk| disks.contains(&disk)))
     }
@@ -229,13 +228,12 @@ impl Machine {
             order.swap(i, self.rng.below(i as u64 + 1) as usize);
         }
         self.boots += 1;
-        let metas: Vec<&[u8]> = order.iter().map(|disk| self.disks[*disk].meta.as_slice()).collect();
-        let witness = self.witness.iter().any(|byte| *byte != 0).then_some(self.witness.as_slice());
+        let metas: Vec<&[u8]> = order.iter().map(|disk| self.disks[*disk].meta()).collect();
         let seed = u128::from(self.boots) << 64 | u128::from(self.rng.below(u64::MAX));
         let assembly = Assembly {
             volume: VOLUME,
             metas: &metas,
-            witness,
+            witness: self.witness.bytes(),
             seen_epoch: self.object,
             force: None,
             seed,

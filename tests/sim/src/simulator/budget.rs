@@ -181,7 +181,7 @@ impl Machine {
         }
         let disk = candidates[self.rng.below(candidates.len() as u64) as usize];
         let before = self.place;
-        let known = self.mirror.as_ref().and_then(|mirror| mirror.readmission(&self.disks[disk].meta));
+        let known = self.mirror.as_ref().and_then(|mirror| mirror.readmission(self.disks[disk].meta()));
         let (slot, leg, fill) = match (known, self.disks[disk].leg()) {
             (Some((slot, Fill::DirtyRegions)), Some(leg)) => (slot, leg, Fill::DirtyRegions),
             // Nothing that is there may be trusted: an empty leg of a new name.

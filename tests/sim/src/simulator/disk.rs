@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use lockstep_core::{
-    format,
+    format::{self, Superblock},
+    membership::Record,
     units::{BlockRange, LegId},
 };
 
@@ -64,7 +65,9 @@ pub(super) struct Disk {
     cells: BTreeMap<u64, Cell>,
     next: u64,
     /// The leg's metadata; all zeroes: a blank disk.
-    pub meta: Vec<u8>,
+    meta: Vec<u8>,
+    /// What `meta` says.
+    superblock: Option<Superblock>,
     /// Counts the legs that were made here: what is still under way to an older one touches nothing.
     pub generation: u64,
     pub trouble: Trouble,
@@ -75,8 +78,16 @@ pub(super) struct Disk {
 impl Disk {
     pub(super) fn new(mut meta: Vec<u8>) -> Self {
         meta.resize(META, 0);
-        let mut disk = Self { cells: BTreeMap::new(), next: 1, meta, generation: 0, trouble: Trouble::default(), dirty: BTreeSet::new() };
-        disk.dirty = disk.dirty_regions();
+        let mut disk = Self {
+            cells: BTreeMap::new(),
+            next: 1,
+            meta,
+            superblock: None,
+            generation: 0,
+            trouble: Trouble::default(),
+            dirty: BTreeSet::new(),
+        };
+        disk.read_meta(true);
         disk
     }
 
@@ -86,7 +97,16 @@ impl Disk {
     }
 
     pub(super) fn leg(&self) -> Option<LegId> {
-        Some(format::superblock(&self.meta).ok()?.0.leg)
+        self.superblock.map(|superblock| superblock.leg)
+    }
+
+    /// The newest record that it holds.
+    pub(super) fn record(&self) -> Option<Record> {
+        self.superblock.map(|superblock| superblock.record)
+    }
+
+    pub(super) fn meta(&self) -> &[u8] {
+        &self.meta
     }
 
     pub(super) fn read(&self, block: u64) -> u64 {
@@ -168,24 +188,74 @@ impl Disk {
 
     pub(super) fn write_meta(&mut self, offset: u64, page: &[u8]) {
         self.meta[offset as usize..offset as usize + page.len()].copy_from_slice(page);
-        if offset as usize >= BITMAP_AT {
-            self.dirty = self.dirty_regions();
-        }
+        self.read_meta(offset as usize >= BITMAP_AT);
     }
 
     pub(super) fn tear_meta(&mut self, rng: &mut Rng, offset: u64, page: &[u8]) {
         tear(rng, &mut self.meta, offset, page);
-        self.dirty = self.dirty_regions();
+        self.read_meta(offset as usize >= BITMAP_AT);
     }
 
-    fn dirty_regions(&self) -> BTreeSet<u64> {
-        let bits = format::bitmap_page(&self.meta, VOLUME, 0).map_or_else(Vec::new, |page| page.bits);
-        (0..bits.len() as u64 * 8).filter(|region| bits[*region as usize / 8] & (1 << (region % 8)) != 0).collect()
+    /// Checksums cost more than all else that a run does, so what `meta` says is looked up only when it changes.
+    fn read_meta(&mut self, bitmap: bool) {
+        if self.superblock.is_none() || !bitmap {
+            self.superblock = format::superblock(&self.meta).ok().map(|(superblock, _)| superblock);
+        }
+        if bitmap {
+            let bits = format::bitmap_page(&self.meta, VOLUME, 0).map_or_else(Vec::new, |page| page.bits);
+            let bytes = bits.iter().enumerate().filter(|(_, byte)| **byte != 0);
+            let set = bytes.flat_map(|(i, byte)| (0..8).filter(move |bit| byte & (1 << bit) != 0).map(move |bit| i as u64 * 8 + bit));
+            self.dirty = set.collect();
+        }
+    }
+}
+
+/// The witness's file.
+#[derive(Clone, Debug)]
+pub(super) struct Witness {
+    bytes: Vec<u8>,
+    record: Option<Record>,
+}
+
+impl Witness {
+    pub(super) fn new(bytes: Vec<u8>) -> Self {
+        let mut witness = Self { bytes, record: None };
+        witness.look();
+        witness
+    }
+
+    fn look(&mut self) {
+        self.record = format::witness(&self.bytes).ok().map(|(superblock, _)| superblock.record);
+    }
+
+    /// What it says, if it says anything.
+    pub(super) fn record(&self) -> Option<Record> {
+        self.record
+    }
+
+    /// `None`: it is lost.
+    pub(super) fn bytes(&self) -> Option<&[u8]> {
+        self.bytes.iter().any(|byte| *byte != 0).then_some(self.bytes.as_slice())
+    }
+
+    pub(super) fn write(&mut self, offset: u64, page: &[u8]) {
+        self.bytes[offset as usize..offset as usize + page.len()].copy_from_slice(page);
+        self.look();
+    }
+
+    pub(super) fn tear(&mut self, rng: &mut Rng, offset: u64, page: &[u8]) {
+        tear(rng, &mut self.bytes, offset, page);
+        self.look();
+    }
+
+    pub(super) fn lose(&mut self) {
+        self.bytes.fill(0);
+        self.look();
     }
 }
 
 /// Any part of the page may have come through.
-pub(super) fn tear(rng: &mut Rng, file: &mut [u8], offset: u64, page: &[u8]) {
+fn tear(rng: &mut Rng, file: &mut [u8], offset: u64, page: &[u8]) {
     let keep = rng.below(4);
     for at in (0..page.len()).step_by(PIECE) {
         if keep == 0 || keep > 1 && rng.once_in(2) {

@@ -13,7 +13,7 @@ use lockstep_core::{
 
 use super::{
     Broken, Coverage, End, Kind, Profile, State, VOLUME, Watch,
-    disk::Disk,
+    disk::{Disk, Witness},
     script::{Action, Line},
 };
 use crate::{
@@ -71,8 +71,7 @@ pub(super) struct Machine {
     pub disks: Vec<Disk>,
     /// By slot: which disk is there.
     pub place: [Option<usize>; 2],
-    /// All zeroes: lost.
-    pub witness: Vec<u8>,
+    pub witness: Witness,
     pub witness_errors: u8,
     pub mirror: Option<Mirror>,
     pub status: Status,
@@ -115,7 +114,7 @@ impl Machine {
             rng: Rng(seed),
             disks: vec![Disk::new(meta(ids[0])), Disk::new(meta(ids[1])), Disk::new(Vec::new())],
             place: [None; 2],
-            witness: format::new_witness(VOLUME, ids, profile.blocks),
+            witness: Witness::new(format::new_witness(VOLUME, ids, profile.blocks)),
             witness_errors: 0,
             mirror: None,
             status: super::boot::NOT_YET,
@@ -246,7 +245,7 @@ impl Machine {
 
     /// The record that decides who counts, as it would be found now.
     pub(super) fn record(&self) -> Option<Record> {
-        Some(format::witness(&self.witness).ok()?.0.record)
+        self.witness.record()
     }
 
     /// The slots whose legs the durable record counts.

@@ -11,7 +11,6 @@ use lockstep_core::{
 
 use super::{
     End, Kind,
-    disk::tear,
     machine::{Asked, Machine, Memory, Op, Work},
 };
 use crate::oracles::{bounds, legs};
@@ -188,10 +187,10 @@ impl Machine {
         if self.witness_errors > 0 {
             self.witness_errors -= 1;
             self.excused = true;
-            tear(&mut self.rng, &mut self.witness, offset, page);
+            self.witness.tear(&mut self.rng, offset, page);
             return (Outcome::Failed(Errno::EIO), End::Error);
         }
-        self.witness[offset as usize..offset as usize + page.len()].copy_from_slice(page);
+        self.witness.write(offset, page);
         (Outcome::Done(0), End::Done)
     }
 
