@@ -5,6 +5,8 @@
 //! ```text
 //!        0  superblock, slot 0          4 KiB
 //!     4096  superblock, slot 1          4 KiB
+//!    32768  bad-block list, slot 0      4 KiB
+//!    36864  bad-block list, slot 1      4 KiB
 //!    65536  bitmap page 0, slot 0       4 KiB
 //!    69632  bitmap page 0, slot 1       4 KiB
 //!    73728  bitmap page 1, slot 0 ...
@@ -19,6 +21,12 @@
 //! 136 member A: leg[16] state u8 zero[7] seen epoch u64 seen id[16]     184 member B
 //! ```
 //! A bitmap page: `0 crc u32, 4 zero u32, 8 sequence u64, 16 volume[16]`, then one bit a region, lowest bit first.
+//!
+//! The bad-block list (mirror rule 22): `0 crc u32, 4 count u32, 8 sequence u64, 16 volume[16]`, then `count` runs of
+//! `start block u64, blocks u64`, at most 254, then zeroes. Runs are not empty, rise, do not touch, and end within the volume; what does not
+//! hold to that is as damaged as what has a wrong checksum. A slot that is all zeroes was never written: it is the empty list with sequence 0,
+//! so that also the first list that is torn falls back. Where both slots are damaged the list is not known, which is not the same as empty:
+//! an empty list would show as data what never was.
 
 use alloc::{boxed::Box, vec, vec::Vec};
 use core::fmt;
@@ -26,7 +34,7 @@ use core::fmt;
 use crate::{
     io::Page,
     membership::{Member, MemberState, Record, RecordName},
-    units::{BLOCK_SIZE, Epoch, LegId, RecordId, Slot, VolumeId},
+    units::{BLOCK_SIZE, BlockRange, Epoch, LegId, RecordId, Slot, VolumeId},
 };
 
 /// Bytes in a leg's `meta` file, always.
@@ -39,6 +47,8 @@ pub const REGION_BLOCKS: u64 = (16 << 20) / BLOCK_SIZE;
 pub const PAGE_REGIONS: u64 = (4096 - BITMAP_HEADER as u64) * 8;
 /// The largest volume that a `meta` has bitmap pages for.
 pub const MAX_BLOCKS: u64 = (META_LEN - BITMAP_AT) / 8192 * PAGE_REGIONS * REGION_BLOCKS;
+/// The most runs that a bad-block list holds.
+pub const MAX_BAD_RUNS: usize = (4096 - BAD_BLOCKS_HEADER) / 16;
 /// Incompatible feature, reserved: per-block checksums beside `data`.
 pub const INCOMPAT_CHECKSUMS: u32 = 1;
 /// Flag: an operator once forced this volume to be assembled.
@@ -47,6 +57,8 @@ pub const FLAG_FORCED: u64 = 1;
 const VERSION: u32 = 1;
 const SUPERBLOCK_MAGIC: [u8; 8] = *b"LOCKSTEP";
 const WITNESS_MAGIC: [u8; 8] = *b"LOCKWITN";
+const BAD_BLOCKS_AT: u64 = 32768;
+const BAD_BLOCKS_HEADER: usize = 32;
 const BITMAP_AT: u64 = 65536;
 const BITMAP_HEADER: usize = 32;
 static CRC: crc::Crc<u32, crc::Table<16>> = crc::Crc::<u32, crc::Table<16>>::new(&crc::CRC_32_ISCSI);
@@ -64,6 +76,11 @@ pub const fn bitmap_pages(blocks: u64) -> u64 {
 /// Byte offset of a bitmap page's slot in `meta`.
 pub const fn bitmap_offset(page: u64, slot: u8) -> u64 {
     BITMAP_AT + page * 8192 + slot as u64 * 4096
+}
+
+/// Byte offset of the bad-block list's slot in `meta`.
+pub const fn bad_blocks_offset(slot: u8) -> u64 {
+    BAD_BLOCKS_AT + slot as u64 * 4096
 }
 
 /// What a superblock or witness page says.
@@ -290,6 +307,70 @@ pub fn bitmap_page(meta: &[u8], volume: VolumeId, page: u64) -> Option<BitmapPag
     }
 }
 
+/// The page with this bad-block list: `runs` as the head of this file says, at most `MAX_BAD_RUNS`.
+pub fn encode_bad_blocks(volume: VolumeId, sequence: u64, runs: &[BlockRange]) -> Page {
+    debug_assert!(runs.len() <= MAX_BAD_RUNS && sequence > 0);
+    let mut page = Box::new([0; 4096]);
+    let mut w = Writer(page.as_mut_slice(), 4);
+    w.u32(runs.len() as u32);
+    w.u64(sequence);
+    w.put(&volume.0);
+    for run in runs {
+        w.u64(run.start);
+        w.u64(run.len());
+    }
+    let crc = checksum(page.as_slice(), 0);
+    page[..4].copy_from_slice(&crc.to_le_bytes());
+    page
+}
+
+/// A bad-block list as it was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadBlockPage {
+    /// Its sequence number; 0: no list was ever written.
+    pub sequence: u64,
+    /// Which slot it was in.
+    pub slot: u8,
+    /// The blocks that no copy holds valid data of: they rise and do not touch.
+    pub runs: Vec<BlockRange>,
+}
+
+/// The newer valid slot of the bad-block list of a volume of `blocks` blocks; `None`: both are damaged, so it is not known.
+pub fn bad_blocks(meta: &[u8], volume: VolumeId, blocks: u64) -> Option<BadBlockPage> {
+    let slot = |n: u8| {
+        let at = usize::try_from(bad_blocks_offset(n)).ok()?;
+        let bytes = meta.get(at..at + 4096)?;
+        if bytes.iter().all(|byte| *byte == 0) {
+            return Some(BadBlockPage { sequence: 0, slot: n, runs: Vec::new() });
+        }
+        let (sequence, runs) = decode_bad_blocks(bytes, volume, blocks)?;
+        Some(BadBlockPage { sequence, slot: n, runs })
+    };
+    match (slot(0), slot(1)) {
+        (Some(a), Some(b)) => Some(if b.sequence > a.sequence { b } else { a }),
+        (a, b) => a.or(b),
+    }
+}
+
+fn decode_bad_blocks(page: &[u8], volume: VolumeId, blocks: u64) -> Option<(u64, Vec<BlockRange>)> {
+    let mut r = Reader(page, 0);
+    let (crc, count, sequence, id) = (r.u32(), r.u32() as usize, r.u64(), VolumeId(r.take()));
+    if crc != checksum(page, 0) || id != volume || sequence == 0 || count > MAX_BAD_RUNS {
+        return None;
+    }
+    let mut runs: Vec<BlockRange> = Vec::with_capacity(count);
+    for _ in 0..count {
+        let (start, len) = (r.u64(), r.u64());
+        let run = BlockRange::new(start, start.checked_add(len)?);
+        let apart = runs.last().is_none_or(|last| last.end < run.start);
+        if run.is_empty() || run.end > blocks || !apart {
+            return None;
+        }
+        runs.push(run);
+    }
+    page[r.1..4096].iter().all(|byte| *byte == 0).then_some((sequence, runs))
+}
+
 fn meta(superblock: &Superblock) -> Vec<u8> {
     let mut bytes = vec![0; META_LEN as usize];
     bytes[..4096].copy_from_slice(encode_superblock(superblock).as_slice());
@@ -384,6 +465,82 @@ mod tests {
         }
     }
 
+    const RUNS: [BlockRange; 3] = [BlockRange::new(0, 1), BlockRange::new(7, 9), BlockRange::new(1230, 1234)];
+
+    fn bad(page: &[u8], slot: u8, bytes: &mut [u8]) {
+        let at = bad_blocks_offset(slot) as usize;
+        bytes[at..at + 4096].copy_from_slice(page);
+    }
+
+    /// What a page with these runs and this size decodes to, its checksum being right.
+    fn decoded(edit: impl FnOnce(&mut [u8]), blocks: u64) -> Option<Vec<BlockRange>> {
+        let mut page = encode_bad_blocks(VOLUME, 3, &RUNS);
+        edit(page.as_mut_slice());
+        let crc = checksum(page.as_slice(), 0);
+        page[..4].copy_from_slice(&crc.to_le_bytes());
+        decode_bad_blocks(page.as_slice(), VOLUME, blocks).map(|(_, runs)| runs)
+    }
+
+    #[test]
+    fn a_bad_block_list_comes_back_as_it_was_written_also_a_full_one() {
+        assert_eq!(decoded(|_| {}, 1234), Some(RUNS.to_vec()));
+        assert_eq!(MAX_BAD_RUNS, 254);
+        let full: Vec<BlockRange> = (0..254).map(|i| BlockRange::new(2 * i, 2 * i + 1)).collect();
+        let page = encode_bad_blocks(VOLUME, 9, &full);
+        assert_eq!(decode_bad_blocks(page.as_slice(), VOLUME, 1234), Some((9, full)));
+    }
+
+    #[test]
+    fn a_meta_in_which_no_bad_block_list_was_ever_written_has_the_empty_one() {
+        let bytes = meta(&first(VOLUME, LEGS, LEGS[0], 1234));
+        assert_eq!(bad_blocks(&bytes, VOLUME, 1234), Some(BadBlockPage { sequence: 0, slot: 0, runs: vec![] }));
+    }
+
+    #[test]
+    fn every_flipped_byte_of_the_newest_bad_block_list_falls_back_to_the_other_slot_and_of_both_makes_it_unknown() {
+        let mut bytes = meta(&first(VOLUME, LEGS, LEGS[0], 1234));
+        let at = bad_blocks_offset(1) as usize;
+        bad(encode_bad_blocks(VOLUME, 1, &RUNS).as_slice(), 1, &mut bytes);
+        assert_eq!(bad_blocks(&bytes, VOLUME, 1234), Some(BadBlockPage { sequence: 1, slot: 1, runs: RUNS.to_vec() }));
+        for byte in at..at + 4096 {
+            bytes[byte] ^= 0x40;
+            // The other one was never written: that is the empty list.
+            assert_eq!(bad_blocks(&bytes, VOLUME, 1234).unwrap().runs, [], "byte {byte}");
+            bytes[byte] ^= 0x40;
+        }
+        bad(encode_bad_blocks(VOLUME, 2, &RUNS[..1]).as_slice(), 0, &mut bytes);
+        assert_eq!(bad_blocks(&bytes, VOLUME, 1234).unwrap().runs, RUNS[..1]);
+        bytes[bad_blocks_offset(0) as usize + 77] ^= 1;
+        assert_eq!(bad_blocks(&bytes, VOLUME, 1234).unwrap().runs, RUNS);
+        for byte in at..at + 4096 {
+            bytes[byte] ^= 1;
+            assert_eq!(bad_blocks(&bytes, VOLUME, 1234), None, "byte {byte}");
+            bytes[byte] ^= 1;
+        }
+    }
+
+    #[test]
+    fn a_bad_block_list_that_breaks_its_own_rules_is_damaged_though_its_checksum_is_right() {
+        let put = |at: usize, value: u64| move |page: &mut [u8]| page[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        assert_eq!(decoded(|_| {}, 1233), None, "it ends behind the volume");
+        assert_eq!(decoded(put(40, 0), 1234), None, "an empty run");
+        assert_eq!(decoded(put(40, 7), 1234), None, "two runs touch");
+        assert_eq!(decoded(put(48, 0), 1234), None, "two runs overlap");
+        assert_eq!(decoded(put(64, 3), 1234), None, "the runs do not rise");
+        assert_eq!(decoded(put(72, u64::MAX), 1234), None, "a run's end is no number");
+        assert_eq!(decoded(put(80, 1), 1234), None, "something behind the last run");
+        assert_eq!(decoded(put(8, 0), 1234), None, "a list that nobody wrote");
+        assert_eq!(decoded(put(16, 8), 1234), None, "another volume's");
+        assert_eq!(decoded(|page| page[4] = 2, 1234), None, "a run more than it counts");
+        assert_eq!(decoded(|page| page[4] = 4, 1234), None, "a run less than it counts");
+        let one_more = |page: &mut [u8]| {
+            let full: Vec<BlockRange> = (0..254).map(|i| BlockRange::new(2 * i, 2 * i + 1)).collect();
+            page.copy_from_slice(encode_bad_blocks(VOLUME, 3, &full).as_slice());
+            page[4..8].copy_from_slice(&255u32.to_le_bytes());
+        };
+        assert_eq!(decoded(one_more, 1234), None, "more runs than fit");
+    }
+
     #[test]
     fn a_feature_from_the_future_is_not_taken_for_damage() {
         let mut page = encode_superblock(&first(VOLUME, LEGS, LEGS[0], 1234));
@@ -400,6 +557,7 @@ mod tests {
         for len in [0, 1, 4095, 4096, 8191] {
             assert_eq!(superblock(&vec![0; len]), Err(MetaError::Damaged));
             assert_eq!(bitmap_page(&vec![0; len], VOLUME, 0), None);
+            assert_eq!(bad_blocks(&vec![0; len], VOLUME, 1), None);
         }
     }
 }
