@@ -4,9 +4,9 @@
 //! that it overlaps, in flight or queued, and is woken once, by count. A read waits only for the user writes and repairs that were
 //! already issued when it came; nobody waits for a read. Dependencies point only backwards, so there is no cycle.
 //!
-//! A read that a user write was issued beside may have seen what that write will not leave behind (it fails on the other leg, it is taken back
-//! for want of space, the process dies): it is `raced` and must be read again, as an entry that waits for every earlier user write and that later
-//! ones wait for.
+//! A read that is under way beside a user write that came later may have seen what that write will not leave behind (it fails on the other leg,
+//! it is taken back for want of space, the process dies): it is `raced` and must be read again, as an entry that waits for every earlier user write
+//! and that later ones wait for.
 //!
 //! The table is a vector that is scanned: it is as long as the queue is deep, and a scan of 256 entries costs less than a tree's
 //! rebalancing. `tests` compare it with a naive model.
@@ -126,11 +126,20 @@ impl RangeLock {
             }
         }
         for id in &woken[before..] {
-            let issued = self.entries.iter().find(|entry| entry.id == *id && entry.class == Class::User);
-            if let Some(range) = issued.map(|entry| entry.range) {
-                self.race(range);
+            let Some(at) = self.entries.iter().position(|entry| entry.id == *id) else { continue };
+            let (class, range) = (self.entries[at].class, self.entries[at].range);
+            match class {
+                Class::User => self.race(range),
+                // What came while it waited for another write is under way beside it.
+                Class::Read => self.entries[at].raced |= self.beside(range),
+                Class::Copy | Class::ReadAgain => {}
             }
         }
+    }
+
+    /// Whether a user write of this range is issued and not released.
+    fn beside(&self, range: BlockRange) -> bool {
+        self.entries.iter().any(|entry| entry.class == Class::User && entry.issued != 0 && entry.range.overlaps(range))
     }
 
     /// Asserts that no two issued exclusive entries overlap and that every count is what the table says.
@@ -216,6 +225,24 @@ mod tests {
         lock.release(3, &mut woken);
         lock.release(4, &mut woken);
         assert_eq!(woken, [3, 4, 5]);
+        lock.check_invariants();
+    }
+
+    #[test]
+    fn a_read_that_waited_while_another_write_was_issued_is_read_again_too() {
+        let mut lock = RangeLock::new();
+        let mut woken = vec![];
+        assert!(lock.acquire(1, range(0, 2), Class::User));
+        assert!(!lock.acquire(2, range(1, 4), Class::Read));
+        assert!(lock.acquire(3, range(2, 4), Class::User));
+        lock.release(1, &mut woken);
+        assert!(woken == [2] && lock.raced(2));
+        // One that is final by then has left nothing that may be taken back.
+        assert!(!lock.acquire(4, range(2, 8), Class::Read));
+        assert!(lock.acquire(5, range(4, 8), Class::User));
+        lock.release(5, &mut woken);
+        lock.release(3, &mut woken);
+        assert!(woken == [2, 4] && !lock.raced(4));
         lock.check_invariants();
     }
 

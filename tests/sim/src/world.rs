@@ -358,6 +358,11 @@ impl World {
         self.submit(Asked::Read { range, floor }, vec![u64::MAX; range.len() as usize], Request::Read(range))
     }
 
+    /// What an answered read found in its first block.
+    pub fn found(&self, read: Tag) -> Option<u64> {
+        self.last_read.get(&read).copied()
+    }
+
     /// Submits a flush.
     pub fn flush(&mut self) -> Tag {
         let covers = self.acked.clone();

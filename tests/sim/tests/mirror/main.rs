@@ -7,6 +7,7 @@ mod errors;
 mod histories;
 mod membership;
 mod order;
+mod reads;
 
 use lockstep_core::{
     io::LegOp,
