@@ -361,7 +361,11 @@ impl Volume {
                 self.blocks.set(*blocks);
                 info!(blocks, "grown");
             }
-            Notice::LegFailed { .. } | Notice::RebuildBlocked { .. } | Notice::WitnessFailed { .. } | Notice::ReadOnly { .. } => {
+            Notice::LegFailed { .. }
+            | Notice::BlocksLost { .. }
+            | Notice::RebuildBlocked { .. }
+            | Notice::WitnessFailed { .. }
+            | Notice::ReadOnly { .. } => {
                 warn!(?notice);
             }
             _ => info!(?notice),

@@ -270,8 +270,15 @@ impl<S: Store> Node<S> {
                     "no copy of these blocks can be read: their readers get an error until they are written again"
                 );
             }
+            Notice::BlocksLost { range } => {
+                warn!(
+                    reason = "BlocksLost",
+                    ?range,
+                    "the only good copy of these blocks cannot be read, so they are lost: their readers get an error until they are written again"
+                );
+            }
             Notice::RebuildBlocked { range, .. } => {
-                warn!(reason = "RebuildBlocked", ?range, "the only good copy cannot be read here: the rebuild cannot be finished");
+                warn!(reason = "RebuildBlocked", ?range, "the only good copy cannot be read here: the rebuild is tried again");
             }
             _ => {}
         }

@@ -200,6 +200,7 @@ mod tests {
             epoch: lockstep_datapath::core::units::Epoch(1),
             legs: [leg(1), leg(2)],
             dirty_regions: 0,
+            bad_blocks: 0,
             sync,
             sync_done: done,
             sync_total: 100,

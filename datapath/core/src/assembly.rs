@@ -4,6 +4,7 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use crate::{
+    bad_blocks::BadBlocks,
     bitmap::Bitmap,
     format::{self, FLAG_FORCED, Superblock},
     io::{Effects, Fill},
@@ -71,6 +72,8 @@ pub enum Refusal {
     NoWitness(LegId),
     /// Each leg went on without the other.
     SplitBrain(LegId, LegId),
+    /// Both copies of this leg's list of bad blocks are damaged, and no other leg that counts has one (mirror rule 22).
+    BadBlocksUnknown(LegId),
     /// What was found was written by a newer version.
     TooNew,
 }
@@ -86,6 +89,11 @@ impl fmt::Display for Refusal {
                 write!(f, "only leg {leg} is there and the witness is lost: bring the other disk back, or force this one")
             }
             Self::SplitBrain(a, b) => write!(f, "legs {a} and {b} each went on without the other: force the one to keep"),
+            Self::BadBlocksUnknown(leg) => write!(
+                f,
+                "leg {leg} does not say any more which blocks are lost: bring the other leg's disk back, or force this one and read there \
+                 what it holds"
+            ),
             Self::TooNew => write!(f, "a leg was written by a newer version: upgrade"),
         }
     }
@@ -164,6 +172,16 @@ pub fn assemble(assembly: &Assembly<'_>, out: &mut Effects) -> Result<Assembled,
     let blocks = superblocks.iter().map(|superblock| superblock.blocks).min().ok_or(Refusal::NoLeg)?;
     let metas: Vec<(Slot, &[u8])> = Slot::BOTH.into_iter().filter_map(|slot| Some((slot, assembly.metas[slots[slot.index()]?]))).collect();
     let bitmap = bitmap(assembly.volume, blocks, &metas, &legs);
+    let (bad_blocks, flags) = match bad_blocks(assembly.volume, blocks, &metas, &legs) {
+        (bad_blocks, true) => (bad_blocks, flags),
+        (bad_blocks, false) => {
+            let counted = counted().map(|slot| legs[slot.index()].id).next().ok_or(Refusal::NoLeg)?;
+            if assembly.force.is_none_or(|leg| legs.iter().all(|other| other.id != leg)) {
+                return Err(Refusal::BadBlocksUnknown(counted));
+            }
+            (bad_blocks, FLAG_FORCED)
+        }
+    };
 
     let everyone = || found.iter().map(|found| &found.superblock).chain(witness.as_ref().map(|(witness, _)| witness));
     let start = Start {
@@ -177,6 +195,7 @@ pub fn assemble(assembly: &Assembly<'_>, out: &mut Effects) -> Result<Assembled,
         legs,
         record,
         bitmap,
+        bad_blocks,
         seed: assembly.seed,
         now: assembly.now,
         limits: assembly.limits,
@@ -273,4 +292,24 @@ fn bitmap(volume: VolumeId, blocks: u64, metas: &[(Slot, &[u8])], legs: &[Leg; 2
         region.unsynced = region.set && both;
     }
     bitmap
+}
+
+/// The union of the valid lists of the legs that are IN (mirror rule 22), and whether there is one.
+fn bad_blocks(volume: VolumeId, blocks: u64, metas: &[(Slot, &[u8])], legs: &[Leg; 2]) -> (BadBlocks, bool) {
+    let mut list = BadBlocks::default();
+    let mut found = Vec::new();
+    for (slot, meta) in metas {
+        let page = format::bad_blocks(meta, volume, blocks);
+        if let Some(page) = &page {
+            list.slot[slot.index()] = page.slot;
+            list.sequence = list.sequence.max(page.sequence);
+        }
+        if legs[slot.index()].state == State::In {
+            page.iter().for_each(|page| list.join(&page.runs));
+            found.push(page);
+        }
+    }
+    // Written once more where a leg says something else.
+    list.changed = found.iter().any(|page| page.as_ref().is_none_or(|page| page.runs != list.runs()));
+    (list, found.iter().any(Option::is_some))
 }

@@ -38,6 +38,12 @@ pub fn classify(errno: Errno) -> Fault {
     TABLE.iter().find(|(known, _)| *known == errno).map_or(Fault::Leg, |(_, fault)| *fault)
 }
 
+/// Whether a read that failed so says that these blocks are lost, and not that the leg, or the way to it, is (mirror rule 22). The block
+/// layer says ENODATA for a medium error and EILSEQ for a failed integrity check.
+pub fn is_unreadable(errno: Errno) -> bool {
+    [Errno::EIO, Errno::EREMOTEIO, Errno::ENODATA, Errno::EILSEQ].contains(&errno)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -56,6 +62,13 @@ mod tests {
         for n in [5, 6, 19, 30, 108, 110, 117, 121, 0, 999, -1] {
             assert_eq!(classify(Errno(n)), Fault::Leg, "{n}");
         }
+    }
+
+    #[test]
+    fn only_what_the_medium_says_makes_blocks_bad() {
+        let unreadable: Vec<i32> = (-1..4096).filter(|n| is_unreadable(Errno(*n))).collect();
+        assert_eq!(unreadable, [5, 61, 84, 121]);
+        assert!(unreadable.iter().all(|n| classify(Errno(*n)) == Fault::Leg));
     }
 
     #[test]

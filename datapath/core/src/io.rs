@@ -233,7 +233,12 @@ pub enum Notice {
         /// Which.
         slot: Slot,
     },
-    /// The only good copy cannot be read here: the rebuild cannot be finished.
+    /// The only good copy cannot be read here. No copy holds these blocks: reads of them fail until they are overwritten (mirror rule 22).
+    BlocksLost {
+        /// The blocks.
+        range: BlockRange,
+    },
+    /// The only good copy cannot be read here, and that could not be put on the list of bad blocks: the rebuild is tried again later.
     RebuildBlocked {
         /// Which leg waits.
         slot: Slot,

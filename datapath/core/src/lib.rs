@@ -14,6 +14,7 @@
 extern crate alloc;
 
 pub mod assembly;
+mod bad_blocks;
 mod bitmap;
 pub mod fault;
 pub mod format;

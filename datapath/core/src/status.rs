@@ -47,6 +47,8 @@ pub struct Status {
     pub legs: [LegStatus; 2],
     /// Regions whose legs may differ on disk.
     pub dirty_regions: u64,
+    /// Blocks that no copy holds (mirror rule 22).
+    pub bad_blocks: u64,
     /// What is being copied.
     pub sync: Sync,
     /// Of `sync`: blocks looked at so far.

@@ -176,6 +176,10 @@ impl Errno {
     pub const ENOSPC: Self = Self(28);
     /// Read-only: a flush failed on every leg, nothing more is accepted.
     pub const EROFS: Self = Self(30);
+    /// The medium lost it.
+    pub const ENODATA: Self = Self(61);
+    /// The integrity check failed.
+    pub const EILSEQ: Self = Self(84);
     /// It did not end in time.
     pub const ETIMEDOUT: Self = Self(110);
     /// The mirror was stopped.
@@ -203,6 +207,8 @@ impl fmt::Debug for Errno {
             Self::EINVAL => "EINVAL",
             Self::ENOSPC => "ENOSPC",
             Self::EROFS => "EROFS",
+            Self::ENODATA => "ENODATA",
+            Self::EILSEQ => "EILSEQ",
             Self::ETIMEDOUT => "ETIMEDOUT",
             Self::ESHUTDOWN => "ESHUTDOWN",
             Self::EUCLEAN => "EUCLEAN",

@@ -63,6 +63,11 @@ impl Disk {
         Some(BlockRange::new(first, (first..range.end).find(|block| !written.contains(block)).unwrap_or(range.end)))
     }
 
+    /// The list of bad blocks on this disk.
+    pub fn bad_blocks(&self) -> Vec<BlockRange> {
+        format::bad_blocks(&self.meta, VOLUME, u64::MAX).map_or_else(Vec::new, |page| page.runs)
+    }
+
     /// The regions that the newest bitmap page on this disk calls dirty.
     pub fn dirty_regions(&self) -> BTreeSet<u64> {
         let bits = format::bitmap_page(&self.meta, VOLUME, 0).map_or_else(Vec::new, |page| page.bits);

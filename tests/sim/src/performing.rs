@@ -100,6 +100,7 @@ impl World {
             }
             LegOp::Zero { range } => {
                 disk.cache.extend((range.start..range.end).map(|block| (block, 0)));
+                disk.bad.retain(|block| !(range.start..range.end).contains(block));
                 Outcome::Done(0)
             }
             LegOp::Flush => {

@@ -470,9 +470,12 @@ impl World {
         status.legs.iter().all(|leg| leg.state == LegState::In) && status.sync == Sync::Idle
     }
 
-    /// Asserts that the legs hold the same. Call it when settled and healthy.
+    /// Asserts that the legs hold the same, but for what no leg holds (mirror rule 22). Call it when settled and healthy.
     pub fn assert_identical(&self) {
-        let blocks: BTreeSet<u64> = self.disks.iter().flat_map(|disk| disk.durable.keys().chain(disk.cache.keys())).copied().collect();
+        let mut blocks: BTreeSet<u64> = self.disks.iter().flat_map(|disk| disk.durable.keys().chain(disk.cache.keys())).copied().collect();
+        let lists = [self.disks[0].bad_blocks(), self.disks[1].bad_blocks()];
+        assert_eq!(lists[0], lists[1], "the lists of bad blocks differ");
+        blocks.retain(|block| !lists[0].iter().any(|run| (run.start..run.end).contains(block)));
         for block in blocks {
             assert_eq!(self.disks[0].read(block), self.disks[1].read(block), "block {block} differs");
         }
@@ -550,16 +553,22 @@ impl World {
         assert_eq!(place, slot);
         let mut leg = leg_id(slot);
         if fill == Fill::Everything {
-            self.disks[slot.index()].bad.clear();
-            let disk = &mut self.disks[slot.index()];
-            leg = LegId([100 + self.rng.below(100) as u8; 16]);
-            disk.meta = format::spare_leg(VOLUME, leg, BLOCKS)[..META].to_vec();
-            disk.durable.clear();
-            disk.cache.clear();
+            return Some(self.replace(slot));
         } else if let Ok(summary) = format::peek(&self.disks[slot.index()].meta) {
             leg = summary.leg;
         }
         Some(self.command(Request::Attach { slot, leg, fill }))
+    }
+
+    /// A blank disk in a slot whose leg is OUT: an empty leg is filled from nothing.
+    pub fn replace(&mut self, slot: Slot) -> Tag {
+        let leg = LegId([100 + self.rng.below(100) as u8; 16]);
+        let disk = &mut self.disks[slot.index()];
+        disk.meta = format::spare_leg(VOLUME, leg, BLOCKS)[..META].to_vec();
+        disk.bad.clear();
+        disk.durable.clear();
+        disk.cache.clear();
+        self.command(Request::Attach { slot, leg, fill: Fill::Everything })
     }
 }
 

@@ -53,6 +53,8 @@ impl Mirror {
             page.sequence += 1000;
             page.slot[slot.index()] = 0;
         }
+        self.bad_blocks.sequence += 1000;
+        self.bad_blocks.slot[slot.index()] = 0;
         self.attach = Some((tag, slot, fill));
         self.draining = true;
     }

@@ -1,13 +1,14 @@
 //! Copies from one leg to the other: resync, rebuild, repair, and taking back what only one leg had space for (mirror rules 22, 24, 26, 28).
 //!
 //! ```text
-//! Queued -> Bits -> (Held) -> Buffer -> Seek -> Zero -> Read -> Write -> (Verify) -> next piece or end
+//! Queued -> Bits -> (Held) -> Buffer -> Seek -> Zero -> Read -> Write -> (Verify) -> next piece or (Listing) -> end
 //! ```
-//! A buffer is taken last, so that whoever holds one only waits for leg I/O.
+//! Bad blocks (`bad_blocks.rs`) are passed over by every copy: no leg holds them. A buffer is taken last, so that whoever holds one only waits for leg I/O.
 
 use super::{Ended, Mirror, Purpose, State};
 use crate::{
-    fault::{Fault, classify},
+    bad_blocks::Runs,
+    fault::{Fault, classify, is_unreadable},
     io::{Buffer, Effect, Effects, Fill, LegOp, Notice},
     range_lock::{Class, EntryId},
     units::{BlockRange, Errno, Slot},
@@ -25,6 +26,8 @@ pub(super) enum Step {
     Read,
     Write,
     Verify,
+    /// Waits for the list of bad blocks to be durable.
+    Listing(u64),
 }
 
 /// A write that one leg had no space for.
@@ -51,11 +54,15 @@ pub(super) struct Copy {
     to: Slot,
     pos: u64,
     piece: BlockRange,
+    /// Where the blocks from `pos` on end that are not listed as bad.
+    end: u64,
     buffer: Option<u8>,
     /// After a read error: block by block, and this block in the other direction if both legs are IN.
     single: bool,
     swapped: bool,
     failed: bool,
+    /// What the only good leg could not read.
+    unreadable: Runs,
 }
 
 impl Copy {
@@ -73,8 +80,21 @@ impl Mirror {
     fn new_copy(&mut self, range: BlockRange, from: Slot, to: Slot, purpose: CopyFor) -> EntryId {
         let id = self.next_entry();
         let (pos, piece) = (range.start, BlockRange::new(range.start, range.start));
-        let copy =
-            Copy { range, step: Step::Queued, purpose, from, to, pos, piece, buffer: None, single: false, swapped: false, failed: false };
+        let copy = Copy {
+            range,
+            step: Step::Queued,
+            purpose,
+            from,
+            to,
+            pos,
+            piece,
+            end: pos,
+            buffer: None,
+            single: false,
+            swapped: false,
+            failed: false,
+            unreadable: Runs::default(),
+        };
         self.copies.insert(id, copy);
         id
     }
@@ -108,7 +128,7 @@ impl Mirror {
     }
 
     /// One of its legs is not what it was: nothing more is issued for it.
-    fn copy_is_lost(&self, copy: &Copy) -> bool {
+    pub(super) fn copy_is_lost(&self, copy: &Copy) -> bool {
         self.legs[copy.from.index()].state != State::In || !self.legs[copy.to.index()].takes_writes()
     }
 
@@ -116,12 +136,12 @@ impl Mirror {
     fn next_piece(&mut self, id: EntryId, out: &mut Effects) {
         let Some(lost) = self.copies.get(&id).map(|copy| self.copy_is_lost(copy)) else { return };
         let Some(copy) = self.copies.get_mut(&id) else { return };
-        if lost || copy.pos >= copy.range.end {
-            let ok = !lost && !copy.failed;
-            return self.end_copy(id, ok, out);
+        let rest = self.bad_blocks.valid(BlockRange::new(copy.pos, copy.range.end));
+        (copy.pos, copy.end) = (rest.start, rest.end);
+        if lost || rest.is_empty() {
+            return self.copied(id, lost, out);
         }
         copy.swapped = false;
-        let rest = BlockRange::new(copy.pos, copy.range.end);
         if matches!(copy.purpose, CopyFor::Sync { .. }) && !copy.single {
             copy.step = Step::Seek;
             let slot = copy.from;
@@ -150,7 +170,7 @@ impl Mirror {
         let fresh = self.fresh && matches!(copy.purpose, CopyFor::Sync { fill: Some(Fill::Everything), .. });
         match (copy.step, ended) {
             (Step::Seek, Ok(extent)) => {
-                let end = copy.range.end;
+                let end = copy.end;
                 copy.piece = extent.map_or(BlockRange::new(end, end), |data| {
                     BlockRange::new(data.start, data.end.min(end).min(data.start + super::COPY_BLOCKS))
                 });
@@ -181,13 +201,13 @@ impl Mirror {
                 }
                 self.next_piece(id, out);
             }
-            (Step::Read, Err(_)) => self.copy_source_failed(id, from, out),
+            (Step::Read, Err(errno)) => self.copy_source_failed(id, from, errno, out),
             (Step::Seek, Err(_)) => {
                 copy.single = true;
                 self.next_piece(id, out);
             }
             (Step::Zero | Step::Write | Step::Verify, Err(errno)) => self.copy_target_failed(id, to, errno, out),
-            (Step::Queued | Step::Bits | Step::Held | Step::Buffer, _) => {}
+            (Step::Queued | Step::Bits | Step::Held | Step::Buffer | Step::Listing(_), _) => {}
         }
     }
 
@@ -197,13 +217,14 @@ impl Mirror {
         if copy.piece.is_empty() { self.next_piece(id, out) } else { self.read_piece(id, out) }
     }
 
-    fn copy_source_failed(&mut self, id: EntryId, from: Slot, out: &mut Effects) {
+    fn copy_source_failed(&mut self, id: EntryId, from: Slot, errno: Errno, out: &mut Effects) {
         let both_in = self.in_count() == 2;
         let Some(copy) = self.copies.get_mut(&id) else { return };
         if !matches!(copy.purpose, CopyFor::Sync { .. }) {
             return self.end_copy(id, false, out);
         }
-        if copy.piece.len() > 1 {
+        if !copy.single {
+            // Also one block is read twice before it counts as unreadable.
             copy.single = true;
             return self.next_piece(id, out);
         }
@@ -213,8 +234,12 @@ impl Mirror {
             return self.read_piece(id, out);
         }
         let (range, slot) = (copy.piece, from.other());
-        copy.failed = true;
         copy.pos = range.end;
+        if !both_in && is_unreadable(errno) {
+            copy.unreadable.insert(range);
+            return self.next_piece(id, out);
+        }
+        copy.failed = true;
         out.push(Effect::Notice(if both_in { Notice::Unreadable { range } } else { Notice::RebuildBlocked { slot, range } }));
         self.next_piece(id, out);
     }
@@ -240,8 +265,7 @@ impl Mirror {
         let Some(copy) = self.copies.remove(&id) else { return };
         self.buffer_queue.retain(|queued| *queued != id);
         if let Some(index) = copy.buffer {
-            out.push(Effect::ReleaseCopy { index });
-            self.copy_buffers[index as usize] = false;
+            self.free_buffer(index, out);
         }
         if copy.holds_lock() {
             self.bitmap.unhold(copy.range);
@@ -262,9 +286,44 @@ impl Mirror {
             }
             CopyFor::Sync { generation, .. } => self.sync_copy_ended(generation, ok),
         }
+        self.next_in_buffer_queue(out);
+    }
+
+    fn free_buffer(&mut self, index: u8, out: &mut Effects) {
+        out.push(Effect::ReleaseCopy { index });
+        self.copy_buffers[index as usize] = false;
+    }
+
+    fn next_in_buffer_queue(&mut self, out: &mut Effects) {
         if !self.buffer_queue.is_empty() && self.copy_buffers.contains(&false) {
             let next = self.buffer_queue.remove(0);
             self.start_copy(next, out);
         }
+    }
+
+    /// Everything was looked at, or a leg is not what it was. What could not be read is listed before the copy ends.
+    fn copied(&mut self, id: EntryId, lost: bool, out: &mut Effects) {
+        let Some(copy) = self.copies.get_mut(&id) else { return };
+        let (unreadable, slot) = (core::mem::take(&mut copy.unreadable), copy.to);
+        if lost || unreadable == Runs::default() {
+            let ok = !lost && !copy.failed;
+            return self.end_copy(id, ok, out);
+        }
+        let Some(version) = self.bad_blocks.insert(&unreadable) else {
+            unreadable.iter().for_each(|range| out.push(Effect::Notice(Notice::RebuildBlocked { slot, range })));
+            return self.end_copy(id, false, out);
+        };
+        unreadable.iter().for_each(|range| out.push(Effect::Notice(Notice::BlocksLost { range })));
+        copy.step = Step::Listing(version);
+        if let Some(index) = copy.buffer.take() {
+            self.free_buffer(index, out);
+        }
+        self.next_in_buffer_queue(out);
+    }
+
+    /// What it could not read is durably listed.
+    pub(super) fn listed(&mut self, id: EntryId, out: &mut Effects) {
+        let ok = self.copies.get(&id).is_some_and(|copy| !copy.failed && !self.copy_is_lost(copy));
+        self.end_copy(id, ok, out);
     }
 }

@@ -5,6 +5,7 @@ use alloc::vec::Vec;
 use super::{Ended, Mirror, Purpose, Report, State, writes};
 use crate::{
     io::{Effects, LegOp},
+    range_lock::EntryId,
     units::{Errno, Slot, Tag},
 };
 
@@ -14,6 +15,8 @@ pub(super) enum Waiter {
     Client(Tag),
     /// The clean pass: these regions, each with its count of writes when the flush was asked for.
     Clean(Vec<(usize, u64)>),
+    /// A write over bad blocks is done.
+    Overwritten(EntryId),
     /// A rebuild wants to be finished.
     Rebuilt(u64),
     /// A rebuild wants to remember how far it came.
@@ -124,6 +127,7 @@ impl Mirror {
                 Waiter::Client(tag) => Self::answer(tag, result, out),
                 Waiter::Clean(regions) if result.is_ok() => self.clear_clean(&regions),
                 Waiter::Clean(_) => self.arm_clean(),
+                Waiter::Overwritten(id) => self.overwritten(id, result.is_ok(), out),
                 Waiter::Rebuilt(generation) => self.rebuilt_flushed(generation, result.is_ok()),
                 Waiter::Checkpoint(generation, block) if result.is_ok() => self.checkpoint_flushed(generation, block),
                 Waiter::Checkpoint(..) => {}

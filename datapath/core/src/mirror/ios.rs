@@ -19,6 +19,7 @@ pub(crate) enum Purpose {
     Copy(EntryId),
     Flush,
     Page(usize),
+    BadBlocks,
     Superblock,
     Witness,
     /// Nobody waits for it any more: its leg is OUT. It keeps its memory, and its leg away (mirror rules 25 and 27).
@@ -93,6 +94,7 @@ impl Mirror {
             Purpose::Copy(id) => self.copy_done(id, ended, out),
             Purpose::Flush => self.flush_done(slot, ended, out),
             Purpose::Page(page) => self.page_done(page, slot, ended, out),
+            Purpose::BadBlocks => self.list_done(slot, ended, out),
             Purpose::Superblock => self.superblock_done(slot, ended, out),
             Purpose::Witness | Purpose::Late => {}
         }

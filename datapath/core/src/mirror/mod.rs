@@ -15,7 +15,7 @@
 //! 3. Data is issued only to regions whose bit is durably set on every leg that is IN by the durable record.
 //! 4. A region's `pending` is the number of unreleased writes and copies that passed the lock there.
 //! 5. A RECOVERING leg serves no read.
-//! 6. One metadata write in flight for each leg's superblock, for each bitmap page, and for the witness.
+//! 6. One metadata write in flight for each leg's superblock, for each bitmap page, for the list of bad blocks, and for the witness.
 
 mod admin;
 mod copies;
@@ -23,6 +23,7 @@ mod deadline;
 mod flushes;
 mod invariants;
 mod ios;
+mod listing;
 mod pages;
 mod reads;
 mod sync;
@@ -33,6 +34,7 @@ use alloc::{collections::BTreeMap, vec::Vec};
 
 use crate::{
     assembly::Limits,
+    bad_blocks::BadBlocks,
     bitmap::Bitmap,
     io::{Effect, Effects, Event, Fill, Notice, Request},
     membership::{Record, RecordName},
@@ -138,6 +140,7 @@ pub struct Mirror {
     pub(crate) sequence: u64,
     pub(crate) witness_slot: u8,
     pub(crate) bitmap: Bitmap,
+    pub(crate) bad_blocks: BadBlocks,
     pub(crate) ready: bool,
     read_only: Option<Errno>,
     lock: RangeLock,
@@ -183,6 +186,7 @@ pub(crate) struct Start {
     pub sequence: u64,
     pub witness_slot: u8,
     pub bitmap: Bitmap,
+    pub bad_blocks: BadBlocks,
     pub seed: u128,
     pub now: Instant,
     pub limits: Limits,
@@ -210,6 +214,7 @@ impl Mirror {
             sequence: start.sequence,
             witness_slot: start.witness_slot,
             bitmap: start.bitmap,
+            bad_blocks: start.bad_blocks,
             ready: false,
             read_only: None,
             lock: RangeLock::new(),
@@ -436,8 +441,10 @@ impl Mirror {
         for id in waiting {
             self.fail_gated_write(id, out);
         }
-        let bits: Vec<EntryId> = self.copies.iter().filter(|(_, copy)| copy.step == copies::Step::Bits).map(|(id, _)| *id).collect();
-        for id in bits {
+        let stuck = self.list_is_stuck();
+        let waits = |copy: &Copy| copy.step == copies::Step::Bits || matches!(copy.step, copies::Step::Listing(_)) && stuck;
+        let copies: Vec<EntryId> = self.copies.iter().filter(|(_, copy)| waits(copy)).map(|(id, _)| *id).collect();
+        for id in copies {
             self.end_copy(id, false, out);
         }
         self.fail_gated_flush(out);
@@ -468,6 +475,7 @@ impl Mirror {
             epoch: self.record.name.epoch,
             legs: [leg(Slot::A), leg(Slot::B)],
             dirty_regions: self.bitmap.dirty(),
+            bad_blocks: self.bad_blocks.blocks(),
             sync,
             sync_done,
             sync_total,

@@ -40,6 +40,7 @@ impl Mirror {
                 }
             }
         }
+        self.pump_list(out);
     }
 
     pub(super) fn page_done(&mut self, page: usize, slot: Slot, ended: Ended, out: &mut Effects) {
@@ -72,6 +73,7 @@ impl Mirror {
                 self.page_landed(page, out);
             }
         }
+        self.list_without(slot, out);
     }
 
     fn page_landed(&mut self, page: usize, out: &mut Effects) {
@@ -90,7 +92,7 @@ impl Mirror {
     }
 
     pub(super) fn pages_idle(&self) -> bool {
-        self.bitmap.pages.iter().all(|page| page.in_flight.is_none() && !page.changed)
+        self.bitmap.pages.iter().all(|page| page.in_flight.is_none() && !page.changed) && self.bad_blocks.is_idle()
     }
 
     pub(super) fn arm_clean(&mut self) {

@@ -1,7 +1,8 @@
 //! Reads (mirror rules 7, 21, 23, 26).
 //!
 //! A read goes to one IN leg. If that fails it goes to the other; if that fails too and there is more than one block, it goes
-//! block by block, so that only a block that no leg can read fails. What one leg could not read and the other could is repaired.
+//! block by block, so that only a block that no leg can read fails. What one leg could not read and the other could is repaired. A read that
+//! touches a bad block (`bad_blocks.rs`) asks no leg.
 
 use super::{Ended, Mirror, Purpose, State, copies::CopyFor};
 use crate::{
@@ -31,6 +32,10 @@ impl Mirror {
     pub(super) fn issue_read(&mut self, id: EntryId, out: &mut Effects) {
         let Some(read) = self.reads.get(&id) else { return };
         let (tag, range, piece, tried) = (read.tag, read.range, read.piece, read.tried);
+        if self.bad_blocks.overlaps(range) {
+            // No copy holds it (mirror rule 22). Looked at each time: it may have been listed since the last leg was asked.
+            return self.finish_read(id, Err(Errno::EIO), out);
+        }
         let Some(slot) = self.choose_leg(piece, tried) else { return self.read_failed(id, out) };
         if let Some(read) = self.reads.get_mut(&id) {
             read.tried[slot.index()] = true;

@@ -227,7 +227,7 @@ impl Mirror {
         }
     }
 
-    /// Both legs hold everything durably; the new leg gets the bitmap too.
+    /// Both legs hold everything durably; the new leg gets the bitmap too, and the list of bad blocks in place of the one that it may have.
     pub(super) fn rebuilt_flushed(&mut self, generation: u64, ok: bool) {
         if let Some(syncing) = &mut self.syncing
             && syncing.generation == generation
@@ -237,6 +237,7 @@ impl Mirror {
             for page in &mut self.bitmap.pages {
                 page.changed = true;
             }
+            self.bad_blocks.changed = true;
         }
     }
 

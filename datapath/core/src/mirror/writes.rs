@@ -21,6 +21,8 @@ pub(super) enum Stage {
     Issued,
     /// One leg had no space: what the other took is copied back.
     Mending,
+    /// It went over bad blocks: flushed, then (with what to wait for) off the durable list.
+    Unlisting(Option<u64>),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -92,6 +94,7 @@ impl Mirror {
         let range = write.range;
         match verdict {
             Verdict::Wait => {}
+            Verdict::Done if self.bad_blocks.overlaps(range) => self.start_unlisting(id, out),
             Verdict::Done => self.finish_write(id, Ok(()), out),
             Verdict::NoSpace => {
                 let refused = if write.reports[Slot::A.index()] == Report::NoSpace { Slot::A } else { Slot::B };
@@ -192,6 +195,9 @@ impl Mirror {
         let Some(write) = self.writes.get(&id).filter(|write| !write.answered) else { return };
         let waits_for_bits = write.stage == Stage::Bits;
         let missed = write.stage == Stage::Issued && !self.awaited(write.reports);
+        if matches!(write.stage, Stage::Unlisting(Some(_))) && self.list_is_stuck() {
+            return self.unlisted(id, Err(Errno::EIO), out);
+        }
         if waits_for_bits || missed {
             self.finish_write(id, Err(Errno::EIO), out);
         }

@@ -25,6 +25,7 @@ pub(super) const NOT_YET: Status = Status {
     epoch: Epoch(0),
     legs: [NOBODY; 2],
     dirty_regions: 0,
+    bad_blocks: 0,
     sync: Sync::Idle,
     sync_done: 0,
     sync_total: 0,

@@ -1,6 +1,7 @@
 //! The mirror on simulated disks: named cases by group of rules, and random histories.
 #![allow(missing_docs)]
 
+mod bad_blocks;
 mod crash;
 mod deadlines;
 mod errors;
