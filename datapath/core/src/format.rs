@@ -1,6 +1,14 @@
 //! What is on disk, format version 1. Little-endian throughout; every page carries a CRC32C of itself (its own field taken as
 //! zero). Whatever is written in place has two slots, so that a torn write leaves the other one (mirror rule 20).
 //!
+//! What comes later is announced by a bit of a feature mask. To a version that does not know the bit it means:
+//!
+//! | Mask | An unknown bit |
+//! |---|---|
+//! | compat | Is kept. The volume is used as ever, and legs are made that have nothing of the feature; what the pages below do not name is written as zeroes. So a compat feature keeps what it has elsewhere, with a check of its own. |
+//! | ro_compat | The volume may be read, not written. Assembly writes, so it is refused. |
+//! | incompat | The volume is refused. |
+//!
 //! `meta` of a leg (1 MiB, real zeroes at birth, so that a metadata write is an overwrite):
 //! ```text
 //!        0  superblock, slot 0          4 KiB
@@ -98,6 +106,8 @@ pub struct Superblock {
     pub checkpoint: u64,
     /// `FLAG_*`.
     pub flags: u64,
+    /// Features that a version which does not know them need not know. Kept as found.
+    pub compat: u32,
     /// Who counts.
     pub record: Record,
 }
@@ -180,7 +190,9 @@ fn encode(magic: [u8; 8], superblock: &Superblock) -> Page {
     let mut w = Writer(page.as_mut_slice(), 0);
     w.put(&magic);
     w.u32(VERSION);
-    w.put(&[0; 20]); // crc, feature masks, zero
+    w.u32(0); // the checksum comes last
+    w.u32(superblock.compat);
+    w.put(&[0; 12]); // ro_compat, incompat, zero
     w.u64(superblock.sequence);
     w.put(&superblock.volume.0);
     w.put(&superblock.leg.0);
@@ -209,7 +221,7 @@ fn decode(magic: [u8; 8], page: &[u8]) -> Result<Superblock, MetaError> {
     if r.u32() != checksum(page, 12) {
         return Err(MetaError::Damaged);
     }
-    let (_compat, ro_compat, incompat, _) = (r.u32(), r.u32(), r.u32(), r.u32());
+    let (compat, ro_compat, incompat, _) = (r.u32(), r.u32(), r.u32(), r.u32());
     if version != VERSION || incompat != 0 || ro_compat != 0 {
         return Err(MetaError::TooNew);
     }
@@ -229,7 +241,7 @@ fn decode(magic: [u8; 8], page: &[u8]) -> Result<Superblock, MetaError> {
     if blocks == 0 || blocks > MAX_BLOCKS || region_blocks != REGION_BLOCKS {
         return Err(MetaError::Damaged);
     }
-    Ok(Superblock { sequence, volume, leg, blocks, checkpoint, flags, record: Record { name, pin, members } })
+    Ok(Superblock { sequence, volume, leg, blocks, checkpoint, flags, compat, record: Record { name, pin, members } })
 }
 
 /// The newer valid one of the two slots at the head of `bytes`, and which slot it was.
@@ -384,7 +396,7 @@ fn meta(superblock: &Superblock) -> Vec<u8> {
 fn first(volume: VolumeId, legs: [LegId; 2], leg: LegId, blocks: u64) -> Superblock {
     // The first record is a function of the volume: making a leg twice gives the same one.
     let record = Record::first(legs, RecordId(volume.0));
-    Superblock { sequence: 1, volume, leg, blocks, checkpoint: 0, flags: 0, record }
+    Superblock { sequence: 1, volume, leg, blocks, checkpoint: 0, flags: 0, compat: 0, record }
 }
 
 /// The `meta` bytes of one leg of a new volume whose two legs are `legs` (both read as zeroes).
@@ -403,7 +415,7 @@ pub fn new_witness(volume: VolumeId, legs: [LegId; 2], blocks: u64) -> Vec<u8> {
 pub fn spare_leg(volume: VolumeId, leg: LegId, blocks: u64) -> Vec<u8> {
     let member = |leg| Member { leg, state: MemberState::OutUnfilled, seen: RecordName::NONE };
     let record = Record { name: RecordName::NONE, pin: Slot::A, members: [member(leg), member(LegId([0; 16]))] };
-    meta(&Superblock { sequence: 1, volume, leg, blocks, checkpoint: 0, flags: 0, record })
+    meta(&Superblock { sequence: 1, volume, leg, blocks, checkpoint: 0, flags: 0, compat: 0, record })
 }
 
 /// Who a leg says that it is.

@@ -146,7 +146,8 @@ impl Mirror {
         }
         self.sequence += 1;
         let (leg, record) = (self.legs[slot.index()].id, transition.record);
-        Some(Superblock { sequence: self.sequence, volume: self.volume, leg, blocks, checkpoint, flags: self.flags, record })
+        let (sequence, volume, flags, compat) = (self.sequence, self.volume, self.flags, self.compat);
+        Some(Superblock { sequence, volume, leg, blocks, checkpoint, flags, compat, record })
     }
 
     fn write_superblock(&mut self, slot: Slot, out: &mut Effects) {
