@@ -60,6 +60,8 @@ pub(super) struct Copy {
     /// After a read error: block by block, and this block in the other direction if both legs are IN.
     single: bool,
     swapped: bool,
+    /// This block was read, and failed.
+    again: bool,
     failed: bool,
     /// What the only good leg could not read.
     unreadable: Runs,
@@ -91,6 +93,7 @@ impl Mirror {
             end: pos,
             buffer: None,
             single: false,
+            again: false,
             swapped: false,
             failed: false,
             unreadable: Runs::default(),
@@ -141,7 +144,7 @@ impl Mirror {
         if lost || rest.is_empty() {
             return self.copied(id, lost, out);
         }
-        copy.swapped = false;
+        (copy.swapped, copy.again) = (false, false);
         if matches!(copy.purpose, CopyFor::Sync { .. }) && !copy.single {
             copy.step = Step::Seek;
             let slot = copy.from;
@@ -224,13 +227,17 @@ impl Mirror {
             return self.end_copy(id, false, out);
         }
         if !copy.single {
-            // Also one block is read twice before it counts as unreadable.
             copy.single = true;
             return self.next_piece(id, out);
         }
         if both_in && !copy.swapped {
             // After an unclean stop both copies are as good: this block goes the other way.
             copy.swapped = true;
+            return self.read_piece(id, out);
+        }
+        if !both_in && !copy.again {
+            // Each block is read twice before it counts as unreadable.
+            copy.again = true;
             return self.read_piece(id, out);
         }
         let (range, slot) = (copy.piece, from.other());

@@ -2,6 +2,8 @@
 //!
 //! That a stale or empty block is never read in place of a lost one is the world's own oracle of every read.
 
+use std::collections::BTreeSet;
+
 use lockstep_core::{
     assembly::Refusal,
     format::{self, MAX_BAD_RUNS},
@@ -279,6 +281,39 @@ fn rule_22_one_read_error_or_one_that_says_nothing_of_the_medium_makes_no_block_
         assert!(world.healthy(), "tried again");
         assert_eq!(world.read_now(3), Ok(2));
     }
+}
+
+#[test]
+fn rule_22_each_block_is_read_twice_before_it_counts_as_unreadable() {
+    let mut world = warm(3);
+    world.write(range(0, 8));
+    world.settle();
+    world.disks[1].dead = true;
+    world.write(range(0, 8));
+    world.settle();
+    world.bring_back(Slot::B);
+    // The search for data and the first read of every block fail.
+    let mut failed = BTreeSet::new();
+    while !world.healthy() {
+        let source = in_flight_on(&world, Slot::A, |op| match op {
+            LegOp::NextData { .. } => true,
+            LegOp::Read { range, .. } => !failed.contains(&range.start),
+            _ => false,
+        });
+        match source {
+            Some(io) => {
+                if let Some((_, _, LegOp::Read { range, .. })) = world.in_flight().into_iter().find(|(other, ..)| *other == io) {
+                    failed.extend(range.start..range.end);
+                }
+                world.end(io, Outcome::Failed(Errno::EIO));
+            }
+            None => assert!(world.step(), "the rebuild has stopped"),
+        }
+    }
+    assert!((0..8).all(|block| failed.contains(&block)));
+    assert_eq!(world.mirror.status().bad_blocks, 0);
+    world.settle();
+    world.assert_identical();
 }
 
 #[test]
