@@ -123,7 +123,8 @@ pub fn assemble(assembly: &Assembly<'_>, out: &mut Effects) -> Result<Assembled,
         Some(Err(format::MetaError::TooNew)) => return Err(Refusal::TooNew),
         _ => None,
     };
-    let decided = decide(&found, witness.map(|(witness, _)| witness.record), assembly.seen_epoch);
+    let doubtful = assembly.witness.is_some_and(format::witness_is_doubtful);
+    let decided = decide(&found, witness.map(|(witness, _)| (witness.record, doubtful)), assembly.seen_epoch);
     let (record, flags) = match (decided, assembly.force) {
         (Ok(record), _) => (record, 0),
         (Err(refusal), None) => return Err(refusal),
@@ -214,10 +215,11 @@ fn is_current(record: &Record, found: &Found, flags: u64) -> bool {
 }
 
 /// The record that says who counts (mirror rules 11 and 12).
-fn decide(found: &[Found], witness: Option<Record>, seen_epoch: Option<Epoch>) -> Result<Record, Refusal> {
+fn decide(found: &[Found], witness: Option<(Record, bool)>, seen_epoch: Option<Epoch>) -> Result<Record, Refusal> {
     let newest = found.iter().max_by_key(|found| found.superblock.record.name.epoch).ok_or(Refusal::NoLeg)?;
     let record = match witness {
-        Some(record) => record,
+        Some((record, false)) => record,
+        Some((record, true)) => beside_damage(found, newest, record)?,
         None => without_witness(found, newest)?,
     };
     let present = |slot: Slot| {
@@ -229,6 +231,21 @@ fn decide(found: &[Found], witness: Option<Record>, seen_epoch: Option<Epoch>) -
         return Err(Refusal::Stale(newest.superblock.leg));
     }
     Ok(record)
+}
+
+/// One slot of the witness is damaged, the other says `record`. If the damaged one was torn, what it said has acked nothing; if it has gone bad
+/// since, it may be what decides. A record comes to the legs that it counts before it comes to the witness: so if it was newer than
+/// `record`, such a leg has it or a newer one, and is asked. Nobody is asked who may be left behind by a leg that is not there.
+fn beside_damage(found: &[Found], newest: &Found, record: Record) -> Result<Record, Refusal> {
+    if newest.superblock.record.name.epoch > record.name.epoch {
+        return match without_witness(found, newest) {
+            Err(Refusal::NoWitness(_)) => Ok(newest.superblock.record),
+            decided => decided,
+        };
+    }
+    let there = |leg: LegId| found.iter().any(|found| found.superblock.leg == leg);
+    let all = record.members.iter().all(|member| member.state != MemberState::In || there(member.leg));
+    if all { Ok(record) } else { Err(Refusal::NoWitness(newest.superblock.leg)) }
 }
 
 fn without_witness(found: &[Found], newest: &Found) -> Result<Record, Refusal> {
@@ -267,9 +284,11 @@ fn forced(found: &[Found], leg: LegId) -> Option<Record> {
     Some(record)
 }
 
-/// The union of the valid copies of the legs that are IN; a page that is valid on none is all dirty (mirror rule 19).
+/// The union of the valid copies of the legs that are IN; a page that is valid on none is all dirty (mirror rule 19). What a leg that
+/// counts alone has beside a damaged slot may lack the newest bits, and nobody else has them: it is all dirty, too.
 fn bitmap(volume: VolumeId, blocks: u64, metas: &[(Slot, &[u8])], legs: &[Leg; 2]) -> Bitmap {
     let mut bitmap = Bitmap::new(blocks);
+    let alone = legs.iter().filter(|leg| leg.state == State::In).count() == 1;
     for page in 0..bitmap.pages.len() {
         let mut valid = false;
         for (slot, meta) in metas {
@@ -279,7 +298,7 @@ fn bitmap(volume: VolumeId, blocks: u64, metas: &[(Slot, &[u8])], legs: &[Leg; 2
             state.sequence = state.sequence.max(copy.sequence);
             if legs[slot.index()].state == State::In {
                 bitmap.join(page, Some(&copy.bits));
-                valid = true;
+                valid |= !(alone && copy.doubtful);
             }
         }
         if !valid {

@@ -33,6 +33,10 @@ struct Run {
     witness: bool,
     force: Option<Slot>,
     fuse: u64,
+    /// Killed by a power cut: the metadata that was being written is torn.
+    tears: bool,
+    /// Before it, the newest slot of the witness has gone bad.
+    rot: bool,
     steps: Vec<Step>,
 }
 
@@ -54,14 +58,22 @@ fn run() -> impl Strategy<Value = Run> {
     let disks = prop_oneof![4 => Just([true; 2]), 1 => Just([true, false]), 1 => Just([false, true])];
     let fuse = prop_oneof![2 => 0..40u64, 1 => 0..400u64, 2 => Just(u64::MAX)];
     let force = prop::option::weighted(0.1, slot());
-    (disks, prop::bool::weighted(0.85), force, fuse, prop::collection::vec(step(), 0..6))
-        .prop_map(|(disks, witness, force, fuse, steps)| Run { disks, witness, force, fuse, steps })
+    let damage = (prop::bool::weighted(0.3), prop::bool::weighted(0.05));
+    (disks, prop::bool::weighted(0.85), force, fuse, damage, prop::collection::vec(step(), 0..6))
+        .prop_map(|(disks, witness, force, fuse, (tears, rot), steps)| Run { disks, witness, force, fuse, tears, rot, steps })
 }
 
-/// What the slots at the head of a file say, by a reader that knows nothing of damage: the page with the higher sequence.
+/// What the slots at the head of a file say: the valid page with the higher sequence.
 fn newest(file: &[u8]) -> Option<Superblock> {
-    let pages = [&file[..4096], &file[4096..8192]].map(|page| (page[0] == b'L').then(|| naive::superblock(page)));
-    pages.into_iter().flatten().max_by_key(|superblock| superblock.sequence)
+    let valid = |page: &&[u8]| page[0] == b'L' && naive::is_sealed(page, naive::SUPERBLOCK_CRC);
+    let pages = [&file[..4096], &file[4096..8192]].into_iter().filter(valid).map(naive::superblock);
+    pages.max_by_key(|superblock| superblock.sequence)
+}
+
+/// Whether a slot at the head of a file is neither valid nor blank.
+fn is_damaged(file: &[u8]) -> bool {
+    let damaged = |page: &[u8]| page.iter().any(|byte| *byte != 0) && !naive::is_sealed(page, naive::SUPERBLOCK_CRC);
+    damaged(&file[..4096]) || damaged(&file[4096..8192])
 }
 
 type Name = (u64, [u8; 16]);
@@ -100,11 +112,16 @@ enum Verdict {
     Count([bool; 2]),
     /// It was known to whoever made the newest record, but a record has room for one name: refused, or as in `Count`.
     Either([bool; 2]),
+    /// The witness is damaged: refused, or whoever counts has what was acknowledged.
+    Safe,
 }
 
 fn verdict(node: &Node, there: There, knowledge: &Knowledge) -> Verdict {
     let legs = Slot::BOTH.map(|slot| newest(&node.disks[slot.index()].meta).filter(|_| there.disks[slot.index()]));
     let witness = newest(&node.witness).filter(|_| there.witness);
+    if there.witness && is_damaged(&node.witness) {
+        return Verdict::Safe;
+    }
     let mut certain = true;
     let decides = match (witness, legs) {
         (Some(witness), _) => witness.record,
@@ -154,6 +171,12 @@ fn check(runs: &[Run]) {
     let mut knowledge = Knowledge::default();
     let mut seen_epoch = None;
     for run in runs {
+        if run.rot
+            && let Some(superblock) = newest(&node.witness)
+        {
+            let slot = usize::from(naive::superblock(&node.witness[4096..]).sequence == superblock.sequence);
+            node.witness[slot * 4096 + 1000] ^= 4;
+        }
         let there = There { disks: run.disks, witness: run.witness, seen_epoch, force: None };
         let verdict = verdict(&node, there, &knowledge);
         knowledge.run.clear();
@@ -162,15 +185,16 @@ fn check(runs: &[Run]) {
             knowledge.learn(superblock.record.name);
         }
         let counts = match (node.assemble(there), verdict) {
-            (Err(_), Verdict::Refuse) | (Err(Refusal::SplitBrain(..)), Verdict::Either(_)) => match run.force {
+            (Err(_), Verdict::Refuse) | (Err(Refusal::SplitBrain(..)), Verdict::Either(_)) | (Err(_), Verdict::Safe) => match run.force {
                 Some(slot) if force(&mut node, there, slot) => Slot::BOTH.map(|other| other == slot),
                 _ => continue,
             },
             (Ok(_), Verdict::Count(counts) | Verdict::Either(counts)) => counts,
+            (Ok(_), Verdict::Safe) => Slot::BOTH.map(|slot| node.states()[slot.index()] == LegState::In && node.complete(slot)),
             (result, verdict) => panic!("{verdict:?}, but {:?}", result.err()),
         };
         assert_eq!(node.states().map(|state| state == LegState::In), counts);
-        node.fuse = run.fuse;
+        (node.fuse, node.tears) = (run.fuse, run.tears);
         let mut alive = node.run();
         for step in &run.steps {
             knowledge.make(node.made.drain(..));

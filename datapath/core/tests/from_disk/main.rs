@@ -4,6 +4,7 @@
 
 mod assembly;
 mod codec;
+mod flips;
 mod naive;
 mod node;
 mod strategies;

@@ -7,16 +7,25 @@ use lockstep_core::{
     units::{Epoch, LegId, RecordId, Slot, VolumeId},
 };
 
-/// CRC32C, bit by bit.
-pub fn crc32c(bytes: &[u8]) -> u32 {
-    let mut crc = !0u32;
-    for byte in bytes {
-        crc ^= u32::from(*byte);
-        for _ in 0..8 {
+/// What CRC32C makes of each byte, bit by bit.
+const STEPS: [u32; 256] = {
+    let mut steps = [0; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        let (mut crc, mut bit) = (byte as u32, 0);
+        while bit < 8 {
             crc = if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 };
+            bit += 1;
         }
+        steps[byte] = crc;
+        byte += 1;
     }
-    !crc
+    steps
+};
+
+/// CRC32C.
+pub fn crc32c(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0, |crc, byte| crc >> 8 ^ STEPS[(crc as u8 ^ byte) as usize])
 }
 
 /// Gives a page the checksum that its content has; the field is at `at`.
@@ -24,6 +33,13 @@ pub fn seal(page: &mut [u8], at: usize) {
     page[at..at + 4].fill(0);
     let crc = crc32c(page);
     page[at..at + 4].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// Whether the checksum of a page is right; its field is at `at`.
+pub fn is_sealed(page: &[u8], at: usize) -> bool {
+    let mut again = page.to_vec();
+    seal(&mut again, at);
+    again == page
 }
 
 /// Where the checksum of a superblock or witness page is.

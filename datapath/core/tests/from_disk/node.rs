@@ -51,6 +51,8 @@ pub struct Node {
     tried: BTreeMap<u64, BTreeSet<u64>>,
     /// Effects that are performed before it is killed.
     pub fuse: u64,
+    /// What it was about to do when it was killed is half done, if that was metadata: the power failed.
+    pub tears: bool,
     pub notices: Vec<Notice>,
     pub answers: BTreeMap<Tag, Result<(), Errno>>,
     /// The records that came to a disk or to the witness, in order.
@@ -74,6 +76,7 @@ impl Node {
             acked: BTreeMap::new(),
             tried: BTreeMap::new(),
             fuse: u64::MAX,
+            tears: false,
             notices: Vec::new(),
             answers: BTreeMap::new(),
             made: Vec::new(),
@@ -176,6 +179,9 @@ impl Node {
     pub fn run(&mut self) -> bool {
         while let Some(effect) = self.queue.pop_front() {
             if self.fuse == 0 {
+                if self.tears {
+                    self.tear(effect);
+                }
                 self.kill();
                 return false;
             }
@@ -183,6 +189,17 @@ impl Node {
             self.perform(effect);
         }
         true
+    }
+
+    fn tear(&mut self, effect: Effect) {
+        let (file, offset, page) = match effect {
+            Effect::WriteWitness { offset, page, .. } => (&mut self.witness, offset, page),
+            Effect::Leg { slot, op: LegOp::WriteMeta { offset, page }, .. } if !self.disks[slot.index()].dead => {
+                (&mut self.disks[slot.index()].meta, offset, page)
+            }
+            _ => return,
+        };
+        file[offset as usize..][..64].copy_from_slice(&page[..64]);
     }
 
     fn perform(&mut self, effect: Effect) {
