@@ -51,10 +51,29 @@ pub struct VolumeSpec {
     pub run_dir: PathBuf,
 }
 
+/// How a node's datapath is set up. The defaults are for production.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// How many threads, each with a ring and payload memory of its own; at least 1.
+    pub threads: usize,
+    /// Entries of each thread's submission ring, from 1 to 32768; the kernel makes it a power of two, and the completion ring twice as long. What
+    /// does not fit is submitted in several system calls: a small ring is slower, and nothing else.
+    pub ring_entries: u32,
+    /// What each mirror bounds itself by.
+    pub limits: Limits,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { threads: 1, ring_entries: 1024, limits: Limits::default() }
+    }
+}
+
 /// The datapath threads of a node.
 #[derive(Debug)]
 pub struct Datapath {
     threads: Vec<Thread>,
+    limits: Limits,
 }
 
 /// An open volume. Dropping it without `close` leaves its device behind, as a kill would.
@@ -91,8 +110,17 @@ impl Datapath {
     /// # Errors
     /// `Error::Io` if a thread cannot be started.
     pub fn start(threads: usize) -> Result<Self, Error> {
-        let threads = (0..threads.max(1)).map(Thread::start).collect::<Result<_, _>>();
-        Ok(Self { threads: threads.context(|| "starting a datapath thread".into())? })
+        Self::start_with(Settings { threads, ..Settings::default() })
+    }
+
+    /// Starts threads that are set up so.
+    ///
+    /// # Errors
+    /// `Error::Io` if a thread cannot be started.
+    pub fn start_with(settings: Settings) -> Result<Self, Error> {
+        let Settings { threads, ring_entries, limits } = settings;
+        let threads = (0..threads.max(1)).map(|number| Thread::start(number, ring_entries)).collect::<Result<_, _>>();
+        Ok(Self { threads: threads.context(|| "starting a datapath thread".into())?, limits })
     }
 
     /// Fences the legs, assembles the mirror and makes its block device. What an earlier process left behind for the volume is removed
@@ -104,7 +132,8 @@ impl Datapath {
     pub async fn open(&self, spec: VolumeSpec) -> Result<Volume, Error> {
         let thread = self.threads.iter().min_by_key(|thread| thread.volumes()).ok_or(Error::Gone)?;
         let witness = spec.witness.clone();
-        let opened = blocking(move || open(&spec)).await?;
+        let limits = self.limits;
+        let opened = blocking(move || open(&spec, limits)).await?;
         let name = opened.start.name.clone();
         let (status, notices) = (opened.start.status.subscribe(), opened.start.notices.clone());
         let first = notices.subscribe();
@@ -137,7 +166,7 @@ impl Datapath {
     }
 }
 
-fn open(spec: &VolumeSpec) -> Result<Opened, Error> {
+fn open(spec: &VolumeSpec, limits: Limits) -> Result<Opened, Error> {
     let name = spec.volume.to_string();
     device::remove_leftovers(&spec.run_dir, &name)?;
     let mut found = Vec::new();
@@ -170,7 +199,7 @@ fn open(spec: &VolumeSpec) -> Result<Opened, Error> {
         force: spec.force,
         seed: uuid::Uuid::new_v4().as_u128(),
         now: Instant(0),
-        limits: Limits::default(),
+        limits,
     };
     let mut effects = Effects::new();
     let assembled = assemble(&assembly, &mut effects)?;

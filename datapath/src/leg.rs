@@ -203,6 +203,18 @@ impl Prepared {
             LegOp::WriteMeta { offset, page } => Self::WriteMeta { offset, page },
         }
     }
+
+    /// What a log calls it, and how many bytes it is to move.
+    pub(crate) fn described(&self) -> (&'static str, u64) {
+        match self {
+            Self::Read { window, .. } => ("read", window.bytes_total() as u64),
+            Self::Write { window, .. } => ("write", window.bytes_total() as u64),
+            Self::Zero(_) => ("zero", 0),
+            Self::Flush => ("flush", 0),
+            Self::NextData(_) => ("next data", 0),
+            Self::WriteMeta { .. } => ("metadata", 0),
+        }
+    }
 }
 
 pub(crate) fn errno(error: &io::Error) -> Errno {

@@ -25,7 +25,7 @@ mod handle;
 
 pub use device::remove_leftovers;
 pub use error::Error;
-pub use handle::{Datapath, LegPath, Volume, VolumeSpec};
+pub use handle::{Datapath, LegPath, Settings, Volume, VolumeSpec};
 pub use isolated::isolated;
 pub use leg::{create_leg, create_witness, extend_leg};
 pub use lockstep_core as core;

@@ -15,8 +15,6 @@ use tracing::{Instrument, warn};
 
 use crate::{buffers::Pool, volume};
 
-const RING_ENTRIES: u32 = 1024;
-
 /// How the rest of the process reaches a datapath thread.
 #[derive(Debug)]
 pub(crate) struct Thread {
@@ -25,8 +23,8 @@ pub(crate) struct Thread {
 }
 
 impl Thread {
-    /// Starts the thread with this number.
-    pub(crate) fn start(number: usize) -> io::Result<Self> {
+    /// Starts the thread with this number, with a ring of this many entries.
+    pub(crate) fn start(number: usize, ring_entries: u32) -> io::Result<Self> {
         let (starts, mut incoming) = mpsc::channel::<volume::Start>(16);
         let volumes = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&volumes);
@@ -34,7 +32,7 @@ impl Thread {
             let mut ring = tokio_uring::uring_builder();
             // Completions wait for our next system call instead of interrupting us. Never DEFER_TASKRUN: with this runtime I/O hangs.
             ring.setup_coop_taskrun().setup_single_issuer();
-            tokio_uring::builder().entries(RING_ENTRIES).uring_builder(&ring).start(async move {
+            tokio_uring::builder().entries(ring_entries).uring_builder(&ring).start(async move {
                 let pool = Pool::new();
                 if let Err(error) = pool.register() {
                     warn!(%error, "the payload memory is neither locked nor known to the ring: slower, and it can be swapped out");

@@ -19,10 +19,10 @@ use lockstep_core::{
     COPY_WINDOW, Mirror,
     io::{self, Effect, Effects, Event, Notice, Outcome},
     status::{Status, Sync},
-    units::{BLOCK_SIZE, BlockRange, Errno, Instant, Slot, Tag},
+    units::{BLOCK_SIZE, BlockRange, Errno, Instant, IoId, Slot, Tag},
 };
 use tokio::sync::{Notify, broadcast, mpsc, oneshot, watch};
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::{
     abi::fuse::{self, Operation},
@@ -227,12 +227,12 @@ impl Volume {
                                     let (io::Buffer::Request { skip, .. } | io::Buffer::Copy { skip, .. }) = buffer;
                                     Window::new(memory, (skip * BLOCK_SIZE) as usize, range.byte_len() as usize)
                                 });
-                                volume.leg_io(files, io, op).await;
+                                volume.leg_io(slot, files, io, op).await;
                             }));
                         }
                         None => {
                             let op = self.prepare(op);
-                            drop(tokio_uring::spawn(async move { volume.leg_io(files, io, op).await }));
+                            drop(tokio_uring::spawn(async move { volume.leg_io(slot, files, io, op).await }));
                         }
                     }
                 }
@@ -300,11 +300,17 @@ impl Volume {
         }
     }
 
-    async fn leg_io(self: Rc<Self>, files: Option<Rc<LegFiles>>, io: lockstep_core::units::IoId, op: Prepared) {
+    async fn leg_io(self: Rc<Self>, slot: Slot, files: Option<Rc<LegFiles>>, io: IoId, op: Prepared) {
+        let (kind, wanted) = op.described();
         let outcome = match files {
             Some(files) => files.perform(&self.pool, op).await,
             None => Outcome::Failed(Errno::ENODEV),
         };
+        match outcome {
+            Outcome::Failed(errno) => debug!(?slot, kind, errno = errno.0, "a leg's I/O failed"),
+            Outcome::Done(bytes) if bytes < wanted => debug!(?slot, kind, bytes, wanted, "a leg's I/O fell short"),
+            Outcome::Done(_) | Outcome::Extent(_) => {}
+        }
         self.handle(Event::Done { io, outcome });
     }
 
