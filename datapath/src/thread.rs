@@ -15,6 +15,19 @@ use tracing::{Instrument, warn};
 
 use crate::{buffers::Pool, volume};
 
+/// Kernel threads that may wait for leg I/O of one datapath thread at a time. They are made only while all that there are wait.
+///
+/// The kernel's default is four for each CPU, for both legs of all volumes together. A disk that hangs would soon hold them all (a
+/// discard holds the file's lock, and every write behind it a worker), then nothing would be done on the other disks either, and disks
+/// that hang together are not taken OUT (mirror rule 27). So there must be one for each I/O that a hung disk can hold: what the payload memory
+/// has room for, and 256 discards of each of a dozen busy volumes.
+const WAITING_WORKERS: u32 = 4096;
+
+/// Allows the calling thread's rings so many workers: it is the thread that has them, whichever of its rings is asked.
+fn allow_workers(bounded: u32) -> io::Result<()> {
+    io_uring::IoUring::new(1)?.submitter().register_iowq_max_workers(&mut [bounded, 0])
+}
+
 /// How the rest of the process reaches a datapath thread.
 #[derive(Debug)]
 pub(crate) struct Thread {
@@ -33,6 +46,9 @@ impl Thread {
             // Completions wait for our next system call instead of interrupting us. Never DEFER_TASKRUN: with this runtime I/O hangs.
             ring.setup_coop_taskrun().setup_single_issuer();
             tokio_uring::builder().entries(ring_entries).uring_builder(&ring).start(async move {
+                if let Err(error) = allow_workers(WAITING_WORKERS) {
+                    warn!(%error, "a disk that hangs may hold up the others");
+                }
                 let pool = Pool::new();
                 if let Err(error) = pool.register() {
                     warn!(%error, "the payload memory is neither locked nor known to the ring: slower, and it can be swapped out");
