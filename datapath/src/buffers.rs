@@ -3,11 +3,14 @@
 //! A buffer goes back to the pool when the last holder lets go of it: the request, and every leg I/O that uses it. So a late I/O keeps
 //! its memory, whatever became of its request (mirror rule 27).
 //!
+//! A disk that hangs may hold every buffer for as long as it likes. So when a leg is OUT, the pool gets as much new memory as the leg's I/O has,
+//! and gives it back as that ends: no more than the pool once again for each leg that hangs.
+//!
 //! Copies have buffers of their own: a copy that holds its range never waits for a client's request to end.
 #![allow(unsafe_code)]
 
 use std::{
-    alloc::{Layout, handle_alloc_error},
+    alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
     cell::{Cell, RefCell},
     io,
     ptr::NonNull,
@@ -33,7 +36,7 @@ pub(crate) enum Class {
 }
 
 impl Class {
-    const ALL: [Class; 4] = [Class::Small, Class::Large, Class::Copy, Class::Meta];
+    pub(crate) const ALL: [Class; 4] = [Class::Small, Class::Large, Class::Copy, Class::Meta];
 
     pub(crate) const fn bytes(self) -> usize {
         match self {
@@ -44,7 +47,8 @@ impl Class {
         }
     }
 
-    /// How many of them a thread has: 512 x 32 KiB + 40 x 1 MiB + 8 x 1 MiB, 64 MiB in all. Meta pages are few and short-lived.
+    /// How many of them a thread has: 512 x 32 KiB + 40 x 1 MiB + 8 x 1 MiB, 64 MiB in all. Of metadata pages there
+    /// are a few for each volume at most, and more are made when these are used up.
     const fn count(self) -> usize {
         match self {
             Class::Small => 512,
@@ -122,12 +126,36 @@ unsafe impl tokio_uring::buf::IoBufMut for Registered {
 }
 
 #[derive(Debug)]
-struct Memory(NonNull<u8>);
+struct Memory {
+    start: NonNull<u8>,
+    /// It is no part of the arena, but allocated by itself, in place of what a late I/O has.
+    spare: Option<Layout>,
+}
+
+impl Memory {
+    fn spare(class: Class) -> Self {
+        let layout = Layout::from_size_align(class.bytes(), PAGE).expect("a buffer is no larger than memory");
+        // SAFETY: no class is empty.
+        let start = unsafe { alloc_zeroed(layout) };
+        Self { start: NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout)), spare: Some(layout) }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if let Some(layout) = self.spare {
+            // SAFETY: allocated with this layout, and nobody else has it.
+            unsafe { dealloc(self.start.as_ptr(), layout) }
+        }
+    }
+}
 
 /// The pool.
 #[derive(Debug)]
 pub(crate) struct Pool {
     free: [RefCell<Vec<Memory>>; 4],
+    /// By class: how many buffers late I/O has, and how many there are in their place.
+    late: [Cell<(usize, usize)>; 4],
     freed: Notify,
     arena: Rc<Arena>,
     registered: Cell<bool>,
@@ -141,12 +169,12 @@ impl Pool {
             let memory = (0..class.count()).map(|_| {
                 at += class.bytes();
                 // SAFETY: the arena is as long as all buffers together.
-                Memory(unsafe { arena.base.add(at - class.bytes()) })
+                Memory { start: unsafe { arena.base.add(at - class.bytes()) }, spare: None }
             });
             RefCell::new(memory.collect())
         };
         let free = Class::ALL.map(&mut cut);
-        Rc::new(Self { free, freed: Notify::new(), arena, registered: Cell::new(false) })
+        Rc::new(Self { free, late: Default::default(), freed: Notify::new(), arena, registered: Cell::new(false) })
     }
 
     /// Makes the pool known to the calling thread's ring: its pages are looked up and locked now, and not by each I/O.
@@ -156,9 +184,33 @@ impl Pool {
         Ok(())
     }
 
-    /// Whether the ring knows the pool, as its buffer 0.
-    pub(crate) fn registered(&self) -> bool {
-        self.registered.get()
+    /// So many buffers of this class are a late I/O's: there are others in their place.
+    pub(crate) fn replace(&self, class: Class, count: usize) {
+        let (late, spare) = self.late[class as usize].get();
+        self.late[class as usize].set((late + count, spare + count));
+        self.free[class as usize].borrow_mut().extend((0..count).map(|_| Memory::spare(class)));
+        self.freed.notify_waiters();
+    }
+
+    /// A late I/O gave such a buffer back.
+    pub(crate) fn no_longer_late(&self, class: Class) {
+        let (late, spare) = self.late[class as usize].get();
+        self.late[class as usize].set((late - 1, spare));
+        let mut free = self.free[class as usize].borrow_mut();
+        if let Some(index) = free.iter().position(|memory| memory.spare.is_some()) {
+            free.swap_remove(index);
+            self.late[class as usize].set((late - 1, spare - 1));
+        }
+    }
+
+    fn give_back(&self, class: Class, memory: Memory) {
+        let (late, spare) = self.late[class as usize].get();
+        if memory.spare.is_some() && spare > late {
+            self.late[class as usize].set((late, spare - 1));
+            return;
+        }
+        self.free[class as usize].borrow_mut().push(memory);
+        self.freed.notify_waiters();
     }
 
     pub(crate) fn available(&self, class: Class) -> bool {
@@ -169,6 +221,15 @@ impl Pool {
     pub(crate) fn take(self: &Rc<Self>, class: Class) -> Option<Buffer> {
         let memory = self.free[class as usize].borrow_mut().pop()?;
         Some(Buffer { memory: Some(memory), class, pool: Rc::clone(self) })
+    }
+
+    /// Takes one, or makes one more. For what is bounded otherwise, and must not wait for what a disk that hangs has.
+    pub(crate) fn take_or_make(self: &Rc<Self>, class: Class) -> Buffer {
+        self.take(class).unwrap_or_else(|| {
+            let (late, spare) = self.late[class as usize].get();
+            self.late[class as usize].set((late, spare + 1));
+            Buffer { memory: Some(Memory::spare(class)), class, pool: Rc::clone(self) }
+        })
     }
 
     /// Waits for one.
@@ -204,7 +265,7 @@ pub(crate) struct Buffer {
 
 impl Buffer {
     fn pointer(&self) -> *mut u8 {
-        self.memory.as_ref().expect("only drop takes it").0.as_ptr()
+        self.memory.as_ref().expect("only drop takes it").start.as_ptr()
     }
 
     /// The bytes. The caller knows that no leg I/O writes to them now.
@@ -224,8 +285,7 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         if let Some(memory) = self.memory.take() {
-            self.pool.free[self.class as usize].borrow_mut().push(memory);
-            self.pool.freed.notify_waiters();
+            self.pool.give_back(self.class, memory);
         }
     }
 }
@@ -242,6 +302,17 @@ impl Window {
     pub(crate) fn new(buffer: Rc<Buffer>, offset: usize, len: usize) -> Self {
         assert!(offset + len <= buffer.class.bytes(), "an I/O of {len} bytes at {offset} does not fit {:?}", buffer.class);
         Self { buffer, offset, len }
+    }
+
+    /// What its buffer is for.
+    pub(crate) fn class(&self) -> Class {
+        self.buffer.class
+    }
+
+    /// Whether the ring knows its memory, as a part of its buffer 0.
+    pub(crate) fn registered(&self) -> bool {
+        let spare = self.buffer.memory.as_ref().is_some_and(|memory| memory.spare.is_some());
+        self.buffer.pool.registered.get() && !spare
     }
 }
 
@@ -282,6 +353,32 @@ mod tests {
         assert!(!pool.available(Class::Copy));
         drop(window);
         assert!(pool.available(Class::Copy));
+    }
+
+    #[test]
+    fn what_late_io_holds_is_replaced_and_the_pool_is_as_large_as_before_when_it_ends() {
+        let pool = Pool::new();
+        let drain = || std::iter::from_fn(|| pool.take(Class::Large)).collect::<Vec<Buffer>>();
+        let mut late = drain();
+        assert_eq!(late.len(), Class::Large.count());
+        pool.replace(Class::Large, late.len());
+        let held = drain();
+        assert_eq!(held.len(), late.len());
+        // Half of it ends while what replaced it is in use, half while that is free.
+        late.drain(..20).for_each(|_| pool.no_longer_late(Class::Large));
+        drop(held);
+        late.drain(..).for_each(|_| pool.no_longer_late(Class::Large));
+        let all = drain();
+        assert_eq!(all.len(), Class::Large.count());
+        assert!(all.iter().all(|buffer| buffer.memory.as_ref().unwrap().spare.is_none()));
+    }
+
+    #[test]
+    fn metadata_waits_for_nobodys_memory() {
+        let pool = Pool::new();
+        let all: Vec<Buffer> = (0..Class::Meta.count() * 2).map(|_| pool.take_or_make(Class::Meta)).collect();
+        drop(all);
+        assert_eq!(std::iter::from_fn(|| pool.take(Class::Meta)).count(), Class::Meta.count());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! A leg's two files: `data`, a plain image from offset 0, and `meta` beside it.
 
 use std::{
+    cell::Cell,
     fs::{File, OpenOptions},
     io::{self, Read, Write},
     os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
@@ -170,6 +171,8 @@ impl OpenLeg {
             data: tokio_uring::fs::File::from_std(self.data),
             meta: tokio_uring::fs::File::from_std(self.meta_file),
             seek: std::sync::Arc::new(seek_file),
+            in_use: Default::default(),
+            late: Cell::new(false),
         }))
     }
 }
@@ -179,6 +182,10 @@ pub(crate) struct LegFiles {
     data: tokio_uring::fs::File,
     meta: tokio_uring::fs::File,
     seek: std::sync::Arc<File>,
+    /// By class: buffers that I/O in flight has.
+    in_use: [Cell<usize>; Class::ALL.len()],
+    /// The leg is OUT: what is in flight is late.
+    late: Cell<bool>,
 }
 
 /// A leg operation with its memory.
@@ -251,16 +258,10 @@ impl OneshotOutputTransform for Transferred {
 }
 
 /// Reads or writes `data`.
-fn transfer(
-    files: &Rc<LegFiles>,
-    pool: &Pool,
-    direction: Direction,
-    mut window: Window,
-    at: u64,
-) -> InFlightOneshot<InFlight, Transferred> {
+fn transfer(files: &Rc<LegFiles>, direction: Direction, mut window: Window, at: u64) -> InFlightOneshot<InFlight, Transferred> {
     let (memory, len) = (window.stable_mut_ptr(), window.bytes_total() as u32);
     let fd = types::Fd(files.data.as_raw_fd());
-    let entry = match (direction, pool.registered()) {
+    let entry = match (direction, window.registered()) {
         (Direction::Read, true) => opcode::ReadFixed::new(fd, memory, len, 0).offset(at).build(),
         (Direction::Read, false) => opcode::Read::new(fd, memory, len).offset(at).build(),
         (Direction::Write, true) => opcode::WriteFixed::new(fd, memory, len, 0).offset(at).build(),
@@ -271,12 +272,41 @@ fn transfer(
 }
 
 impl LegFiles {
+    /// The leg is OUT: whatever memory its I/O has, nobody waits for it.
+    pub(crate) fn let_go(&self, pool: &Pool) {
+        if !self.late.replace(true) {
+            Class::ALL.into_iter().for_each(|class| pool.replace(class, self.in_use[class as usize].get()));
+        }
+    }
+
     /// Does it.
     pub(crate) async fn perform(self: &Rc<Self>, pool: &Rc<Pool>, op: Prepared) -> Outcome {
+        let class = match &op {
+            Prepared::Read { window, .. } | Prepared::Write { window, .. } => Some(window.class()),
+            _ => None,
+        };
+        let in_use = class.map(|class| (class, &self.in_use[class as usize]));
+        if let Some((class, in_use)) = in_use {
+            in_use.set(in_use.get() + 1);
+            if self.late.get() {
+                pool.replace(class, 1);
+            }
+        }
+        let outcome = self.perform_now(pool, op).await;
+        if let Some((class, in_use)) = in_use {
+            in_use.set(in_use.get() - 1);
+            if self.late.get() {
+                pool.no_longer_late(class);
+            }
+        }
+        outcome
+    }
+
+    async fn perform_now(self: &Rc<Self>, pool: &Rc<Pool>, op: Prepared) -> Outcome {
         match op {
-            Prepared::Read { at, window } => outcome(transfer(self, pool, Direction::Read, window, at).await),
+            Prepared::Read { at, window } => outcome(transfer(self, Direction::Read, window, at).await),
             Prepared::Write { at, window, fua } => {
-                let written = transfer(self, pool, Direction::Write, window, at).await;
+                let written = transfer(self, Direction::Write, window, at).await;
                 if fua && written.is_ok() {
                     return outcome(self.data.sync_data().await.and(written));
                 }
@@ -288,7 +318,8 @@ impl LegFiles {
             Prepared::Flush => outcome(self.data.sync_data().await.map(|()| 0)),
             Prepared::NextData(range) => self.next_data(range).await,
             Prepared::WriteMeta { offset, page } => {
-                let mut buffer = pool.get(Class::Meta).await;
+                // The record that a disk hangs must not wait for that disk.
+                let mut buffer = pool.take_or_make(Class::Meta);
                 buffer.bytes_mut().copy_from_slice(page.as_slice());
                 let window = Window::new(Rc::new(buffer), 0, page.len());
                 match self.meta.write_at(window, offset).submit().await.0 {

@@ -360,7 +360,9 @@ impl Volume {
         match &notice {
             Notice::LegOut { slot } => {
                 // What is in flight keeps the files; nothing new is sent there, and the disk can be unmounted when it ends.
-                self.legs.borrow_mut()[slot.index()] = None;
+                if let Some(files) = self.legs.borrow_mut()[slot.index()].take() {
+                    files.let_go(&self.pool);
+                }
                 warn!(?slot, "leg is OUT");
             }
             Notice::Grown { blocks } => {
