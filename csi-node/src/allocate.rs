@@ -95,7 +95,11 @@ impl<S: Store> Node<S> {
             }
             Err(error) => return warn!(%error, "the volumes cannot be listed"),
         };
-        for volume in volumes.into_iter().filter(|volume| volume.spec.node == self.name && self.task(volume).is_some()) {
+        for volume in volumes.into_iter().filter(|volume| volume.spec.node == self.name) {
+            self.seen(&volume);
+            if self.task(&volume).is_none() {
+                continue;
+            }
             let (id, uid) = names(&volume);
             // Busy: its end is a change, or the slow relist comes.
             let Ok(guard) = self.begin(&id, Holder::Object) else { continue };

@@ -309,6 +309,11 @@ impl Window {
         self.buffer.class
     }
 
+    /// Its bytes. The caller knows that no leg I/O writes to them now.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.buffer.bytes()[self.offset..self.offset + self.len]
+    }
+
     /// Whether the ring knows its memory, as a part of its buffer 0.
     pub(crate) fn registered(&self) -> bool {
         let spare = self.buffer.memory.as_ref().is_some_and(|memory| memory.spare.is_some());

@@ -365,6 +365,23 @@ impl Volume {
         blocking(move || attached.0.refresh_size(&attached.1)).await
     }
 
+    /// Compares the legs wherever something was ever written, and returns at the end of that; `status` and `notices` say what differs. It is
+    /// left as it is, unless a leg is `believed`: then the other one is given what that one holds.
+    ///
+    /// # Errors
+    /// `Error::Mirror`: EBUSY: one is under way; ENODEV: a leg is or was lost; ECANCELED, ESHUTDOWN: it was stopped, or the mirror was.
+    pub async fn scrub(&self, believed: Option<Slot>) -> Result<(), Error> {
+        self.submit(Request::Scrub { believed }).await
+    }
+
+    /// Ends the scrub that is under way, if there is one.
+    ///
+    /// # Errors
+    /// `Error::Gone`.
+    pub async fn stop_scrub(&self) -> Result<(), Error> {
+        self.submit(Request::StopScrub).await
+    }
+
     /// Makes every answered write durable.
     ///
     /// # Errors

@@ -13,6 +13,7 @@
 
 mod abi;
 mod buffers;
+mod compare;
 mod connection;
 mod error;
 mod isolated;

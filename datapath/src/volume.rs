@@ -18,7 +18,7 @@ use std::{
 use lockstep_core::{
     COPY_WINDOW, Mirror,
     io::{self, Effect, Effects, Event, Notice, Outcome},
-    status::{Status, Sync},
+    status::{ScrubState, Status, Sync},
     units::{BLOCK_SIZE, BlockRange, Errno, Instant, IoId, Slot, Tag},
 };
 use tokio::sync::{Notify, broadcast, mpsc, oneshot, watch};
@@ -27,6 +27,7 @@ use tracing::{debug, error, info, warn};
 use crate::{
     abi::fuse::{self, Operation},
     buffers::{Buffer, Class, PAGE, Pool, Window},
+    compare,
     connection::Connection,
     leg::{LegFiles, OpenLeg, Prepared},
 };
@@ -249,6 +250,14 @@ impl Volume {
                         volume.handle(Event::Done { io, outcome });
                     });
                 }
+                Effect::Compare { io, a, b, blocks } => {
+                    let volume = Rc::clone(self);
+                    let windows = [a, b].map(|buffer| self.window(buffer, blocks * BLOCK_SIZE));
+                    tokio_uring::spawn(async move {
+                        let outcome = Outcome::Differ(compare::differing(windows[0].bytes(), windows[1].bytes()));
+                        volume.handle(Event::Done { io, outcome });
+                    });
+                }
                 Effect::Complete { tag, result } => self.complete(tag, result),
                 Effect::Release { tag } => drop(self.entries.borrow_mut().remove(&tag)),
                 Effect::NewBuffer { tag } => {
@@ -309,27 +318,29 @@ impl Volume {
         match outcome {
             Outcome::Failed(errno) => debug!(?slot, kind, errno = errno.0, "a leg's I/O failed"),
             Outcome::Done(bytes) if bytes < wanted => debug!(?slot, kind, bytes, wanted, "a leg's I/O fell short"),
-            Outcome::Done(_) | Outcome::Extent(_) => {}
+            Outcome::Done(_) | Outcome::Extent(_) | Outcome::Differ(_) => {}
         }
         self.handle(Event::Done { io, outcome });
     }
 
     fn prepare(&self, op: io::LegOp) -> Prepared {
-        Prepared::new(op, |buffer, range| {
-            let (memory, start, skip) = match buffer {
-                io::Buffer::Request { tag, skip } => {
-                    let entries = self.entries.borrow();
-                    let payload = entries.get(&tag).and_then(|entry| entry.payload.as_ref());
-                    let (memory, start) = payload.expect("a tag keeps its payload until it is released");
-                    (Rc::clone(memory), *start, skip)
-                }
-                io::Buffer::Copy { index, skip } => {
-                    let copies = self.copies.borrow();
-                    (Rc::clone(copies[usize::from(index)].0.as_ref().expect("a copy is read before it is written")), 0, skip)
-                }
-            };
-            Window::new(memory, start + (skip * BLOCK_SIZE) as usize, range.byte_len() as usize)
-        })
+        Prepared::new(op, |buffer, range| self.window(buffer, range.byte_len()))
+    }
+
+    fn window(&self, buffer: io::Buffer, bytes: u64) -> Window {
+        let (memory, start, skip) = match buffer {
+            io::Buffer::Request { tag, skip } => {
+                let entries = self.entries.borrow();
+                let payload = entries.get(&tag).and_then(|entry| entry.payload.as_ref());
+                let (memory, start) = payload.expect("a tag keeps its payload until it is released");
+                (Rc::clone(memory), *start, skip)
+            }
+            io::Buffer::Copy { index, skip } => {
+                let copies = self.copies.borrow();
+                (Rc::clone(copies[usize::from(index)].0.as_ref().expect("a copy is read before it is written")), 0, skip)
+            }
+        };
+        Window::new(memory, start + (skip * BLOCK_SIZE) as usize, bytes as usize)
     }
 
     fn complete(&self, tag: Tag, result: Result<(), Errno>) {
@@ -373,9 +384,8 @@ impl Volume {
             | Notice::BlocksLost { .. }
             | Notice::RebuildBlocked { .. }
             | Notice::WitnessFailed { .. }
-            | Notice::ReadOnly { .. } => {
-                warn!(?notice);
-            }
+            | Notice::ReadOnly { .. }
+            | Notice::Mismatch { .. } => warn!(?notice),
             _ => info!(?notice),
         }
         // Before the status that it leads to: who sees the status can know why. Nobody listens: nobody wants to know.
@@ -395,7 +405,7 @@ impl Volume {
     async fn keep_time(self: Rc<Self>) {
         while !self.closed.get() {
             let (deadline, syncing) = match self.mirror.borrow().as_ref() {
-                Some(mirror) => (mirror.next_deadline(), mirror.status().sync != Sync::Idle),
+                Some(mirror) => (mirror.next_deadline(), copies_or_compares(&mirror.status())),
                 None => return,
             };
             let wait = deadline.map(|at| Duration::from_nanos(at.0.saturating_sub(self.now().0)));
@@ -572,6 +582,11 @@ impl Volume {
         self.entries.borrow_mut().insert(tag, Entry { pending: Pending::Fuse { unique, answer }, payload, renewed: 0 });
         self.handle(Event::Submit { tag, request });
     }
+}
+
+/// Its progress is worth a look.
+fn copies_or_compares(status: &Status) -> bool {
+    status.sync != Sync::Idle || status.scrub.state == ScrubState::Running
 }
 
 /// Whole blocks, or nothing.

@@ -158,9 +158,16 @@ pub struct MirrorVolumeStatus {
     /// The block device, while it is staged: it is in use then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
-    /// In the Kubernetes way: Ready, Degraded, Rebuilding.
+    /// Blocks of 4096 bytes in which the two copies differed when they were last compared, and that are as they were.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub mismatched_blocks: u64,
+    /// In the Kubernetes way: Ready, Degraded, Rebuilding, Scrubbed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 /// How far a volume is.

@@ -4,11 +4,13 @@
 //! datapath: status, notices --+                    +--> rebuild: which leg comes back, where (rebuild.rs)
 //! disks: found, failed -------+--> the task -------+
 //!                                                  +--> report: status, conditions, what a person should know (report.rs)
+//!                                                  +--> scrub: what a person wants compared (scrub.rs)
 //! ```
 //! The mirror never waits for any of this.
 
 mod rebuild;
 mod report;
+mod scrub;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -65,6 +67,10 @@ pub struct OpenVolume {
     disks: Mutex<BTreeMap<LegId, String>>,
     /// What a leg failed with.
     errors: Mutex<BTreeMap<LegId, String>>,
+    /// What the newest scrub found.
+    found: Mutex<scrub::Found>,
+    /// The newest annotations that were seen: a change wakes who looks after the mirror.
+    annotations: watch::Sender<Option<BTreeMap<String, String>>>,
     /// Its object as it was when it was opened: what a new copy's `volume.yaml` says, without asking anybody.
     object: MirrorVolume,
     closing: watch::Sender<bool>,
@@ -130,7 +136,7 @@ impl<S: Store> Node<S> {
         info!(device = %volume.device().display(), legs = found.len(), "assembled");
         if force.is_some() {
             warn!(?force, "the operator forced a leg: what only the other one had is given up");
-            if let Err(error) = self.forget_force(&id).await {
+            if let Err(error) = self.forget_annotations(&id, |annotations| annotations.remove(FORCE_ANNOTATION).is_some()).await {
                 warn!(%error, "take the annotation {FORCE_ANNOTATION} away by hand");
             }
         }
@@ -144,6 +150,8 @@ impl<S: Store> Node<S> {
             volume,
             disks: Mutex::new(disks),
             errors: Mutex::default(),
+            found: Mutex::default(),
+            annotations: watch::Sender::new(object.metadata.annotations.clone()),
             object: object.clone(),
             closing: watch::Sender::new(false),
             looked_after: Mutex::default(),
@@ -158,20 +166,6 @@ impl<S: Store> Node<S> {
         let span = tracing::info_span!(parent: None, "mirror", id = open.id);
         let task = tokio::spawn(Arc::clone(self).look_after(Arc::clone(open)).instrument(span));
         *open.looked_after.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
-    }
-
-    async fn forget_force(&self, id: &str) -> Result<(), Error> {
-        loop {
-            let mut object = self.volume(id).await?;
-            if object.metadata.annotations.as_mut().and_then(|annotations| annotations.remove(FORCE_ANNOTATION)).is_none() {
-                return Ok(());
-            }
-            match self.store.update(object).await {
-                // Somebody else wrote it in between.
-                Err(lockstep_store::Error::Conflict { .. }) => {}
-                updated => return Ok(updated.map(drop)?),
-            }
-        }
     }
 
     /// Stops a mirror cleanly and lets go of its legs. Its device's users must be gone; it can be called again after an error.
@@ -215,7 +209,8 @@ impl<S: Store> Node<S> {
     async fn look_after(self: Arc<Self>, open: Arc<OpenVolume>) {
         let (mut status, mut notices) = (open.volume.status(), open.volume.notices());
         let mut disks = self.disks.changes();
-        let mut closing = open.closing.subscribe();
+        let (mut closing, mut annotations) = (open.closing.subscribe(), open.annotations.subscribe());
+        let mut scrubs = scrub::Scrubs::default();
         let mut health = None;
         let mut patience = rebuild::Patience::default();
         loop {
@@ -234,22 +229,36 @@ impl<S: Store> Node<S> {
             }
             let legs_changed = self.fill_legs(&open, &snapshot, &mut patience).await;
             // The mirror is not kept waiting for whoever keeps the objects.
+            let mut scrub_ended = false;
             match tokio::time::timeout(REPORT, self.report(&open, &snapshot, &mut health)).await {
-                Ok(Ok(())) => {}
+                Ok(Ok(None)) => {}
+                Ok(Ok(Some(object))) => {
+                    let wish = scrub::Wish::of(object.metadata.annotations.as_ref());
+                    scrub_ended = self.mind_scrub(&open, &snapshot, wish, &mut scrubs).await;
+                }
                 Ok(Err(error)) => warn!(%error, "the volume's object does not say what is; tried again"),
                 Err(_) => warn!("the volume's object cannot be written in time; tried again"),
             }
-            if legs_changed {
+            if legs_changed || scrub_ended {
                 continue;
             }
             tokio::select! {
                 changed = status.changed() => if changed.is_err() { return },
                 changed = disks.changed() => if changed.is_err() { return },
                 _ = closing.changed() => return,
+                _ = annotations.changed() => {}
+                () = scrubs.ended() => {}
                 () = tokio::time::sleep(patience.lasts(LOOK_AGAIN)) => {}
             }
             tokio::time::sleep(PACE).await;
         }
+    }
+
+    /// An open volume's object was seen: perhaps a person wants something of it.
+    pub(crate) fn seen(&self, volume: &MirrorVolume) {
+        let Some(open) = self.open_volume(volume.metadata.uid.as_deref().unwrap_or_default()) else { return };
+        let annotations = &volume.metadata.annotations;
+        open.annotations.send_if_modified(|seen| std::mem::replace(seen, annotations.clone()) != *annotations);
     }
 
     fn noticed(&self, open: &OpenVolume, status: &Status, notice: &Notice) {
@@ -280,7 +289,7 @@ impl<S: Store> Node<S> {
             Notice::RebuildBlocked { range, .. } => {
                 warn!(reason = "RebuildBlocked", ?range, "the only good copy cannot be read here: the rebuild is tried again");
             }
-            _ => {}
+            _ => open.scrub_noticed(notice),
         }
     }
 }

@@ -8,7 +8,7 @@ use lockstep_datapath::core::{
     status::{self, LegState, Status, Sync},
     units::{BLOCK_SIZE, LegId},
 };
-use lockstep_proto::objects::{self, LegStatus};
+use lockstep_proto::objects::{self, LegStatus, MirrorVolume, MirrorVolumeStatus};
 use lockstep_store::Store;
 use tracing::{info, warn};
 
@@ -97,6 +97,14 @@ fn set_conditions(conditions: &mut Vec<Condition>, health: Health, status: &Stat
     set(conditions, "Rebuilding", rebuilding.0, rebuilding.1, if rebuilding.0 { percent.trim_end().to_owned() } else { copied(status) });
 }
 
+/// What the newest scrub found; before there was one, what an earlier process said of an earlier one stays.
+fn set_scrubbed(object: &mut MirrorVolumeStatus, open: &OpenVolume, status: &Status) {
+    if let Some((same, reason, message)) = open.scrubbed(&status.scrub) {
+        set(&mut object.conditions, "Scrubbed", same, reason, message);
+        object.mismatched_blocks = status.scrub.mismatched - status.scrub.repaired.min(status.scrub.mismatched);
+    }
+}
+
 impl<S: Store> Node<S> {
     fn leg_statuses(&self, open: &OpenVolume, status: &Status, before: &[LegStatus]) -> Vec<LegStatus> {
         let leg = |leg: &status::LegStatus| {
@@ -136,10 +144,15 @@ impl<S: Store> Node<S> {
         }
     }
 
-    /// Writes what changed into the volume's object, and says once what a person should know.
-    pub(super) async fn report(&self, open: &OpenVolume, status: &Status, before: &mut Option<Health>) -> Result<(), Error> {
+    /// Writes what changed into the volume's object, and says once what a person should know. The object; none: the mirror does not serve yet.
+    pub(super) async fn report(
+        &self,
+        open: &OpenVolume,
+        status: &Status,
+        before: &mut Option<Health>,
+    ) -> Result<Option<MirrorVolume>, Error> {
         if !status.ready {
-            return Ok(());
+            return Ok(None);
         }
         let (health, lost) = (health(status), self.lost(open, status));
         if before.replace(health) != Some(health) {
@@ -152,7 +165,7 @@ impl<S: Store> Node<S> {
             }
         }
         let device = open.volume.device().display().to_string();
-        self.patch_status(&open.id, &open.uid, |object| {
+        let object = self.patch_status(&open.id, &open.uid, |object| {
             if *open.closing.borrow() {
                 // What is written at its end is the last word.
                 return;
@@ -161,9 +174,9 @@ impl<S: Store> Node<S> {
             object.device = Some(device.clone());
             object.legs = self.leg_statuses(open, status, &object.legs);
             set_conditions(&mut object.conditions, health, status, &lost);
-        })
-        .await?;
-        Ok(())
+            set_scrubbed(object, open, status);
+        });
+        object.await.map(Some)
     }
 
     /// After a clean stop.
@@ -175,6 +188,7 @@ impl<S: Store> Node<S> {
             object.device = None;
             object.legs = self.leg_statuses(open, &status, &object.legs);
             set_conditions(&mut object.conditions, health, &status, &lost);
+            set_scrubbed(object, open, &status);
         });
         if let Err(error) = written.await {
             warn!(%error, "the volume's object still says that it is staged");
@@ -205,6 +219,7 @@ mod tests {
             sync_done: done,
             sync_total: 100,
             copied_blocks: 4096,
+            scrub: status::Scrub::NEVER,
             pending: 0,
             read_only: false,
             ready: true,

@@ -39,11 +39,13 @@ pub struct Assembly<'a> {
 pub struct Limits {
     /// A leg that has not reported an I/O for so long, while the loop ran, goes OUT (mirror rule 27).
     pub leg_deadline_millis: u64,
+    /// Blocks of the volume that a scrub compares in a second, each on both legs; 0: as fast as the disks are.
+    pub scrub_blocks_per_second: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { leg_deadline_millis: 30_000 }
+        Self { leg_deadline_millis: 30_000, scrub_blocks_per_second: 50_000 }
     }
 }
 

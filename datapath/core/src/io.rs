@@ -37,6 +37,14 @@ pub enum Request {
         /// The new size.
         blocks: u64,
     },
+    /// Compare the legs wherever something was ever written (mirror rule 30). Answered at its end, which `Status::scrub` tells more of: EBUSY: one
+    /// is under way; ENODEV: a leg is or was lost; ECANCELED: `StopScrub`; ESHUTDOWN: `Stop`; EIO: the mirror gave up.
+    Scrub {
+        /// `None`: what differs is reported and left as it is. Else the operator believes this leg: what differs is put on the other one.
+        believed: Option<Slot>,
+    },
+    /// End the scrub that is under way, if there is one.
+    StopScrub,
     /// Finish what was accepted, flush, clear the dirty bits where the legs are known equal, and refuse everything
     /// from now on. Answered when the metadata says so.
     Stop,
@@ -58,6 +66,8 @@ pub enum Outcome {
     Done(u64),
     /// The answer to `LegOp::NextData`: the first run of blocks in the range that was ever written, clipped to it.
     Extent(Option<BlockRange>),
+    /// The answer to `Effect::Compare`: bit `i` is set if the buffers differ in block `i`.
+    Differ(u128),
     /// It failed.
     Failed(Errno),
 }
@@ -169,6 +179,17 @@ pub enum Effect {
         /// The bytes.
         page: Page,
     },
+    /// Compare two parts of the mirror's own buffers, block by block. Ends with `Event::Done` and `Outcome::Differ`.
+    Compare {
+        /// Names the work.
+        io: IoId,
+        /// One leg's blocks.
+        a: Buffer,
+        /// The other's.
+        b: Buffer,
+        /// How many: 128 at most.
+        blocks: u64,
+    },
     /// Answer the client. The buffer stays in use until `Release`.
     Complete {
         /// Who.
@@ -271,6 +292,25 @@ pub enum Notice {
     ReadOnly {
         /// What the leg said.
         error: Errno,
+    },
+    /// A scrub begins.
+    ScrubStarted,
+    /// The legs differ here. After the first 1024 of a scrub they are only counted.
+    Mismatch {
+        /// Where.
+        range: BlockRange,
+    },
+    /// What differed was put on this leg, from the one that the operator believes.
+    MismatchRepaired {
+        /// The leg that was written.
+        slot: Slot,
+        /// Where.
+        range: BlockRange,
+    },
+    /// A scrub is over: what `Request::Scrub` is answered with.
+    ScrubEnded {
+        /// Whether everything was looked at.
+        result: Result<(), Errno>,
     },
     /// The volume has this many blocks now.
     Grown {

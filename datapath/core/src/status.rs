@@ -2,7 +2,7 @@
 
 use crate::{
     io::Fill,
-    units::{Epoch, LegId},
+    units::{Epoch, Errno, LegId},
 };
 
 /// What a leg counts for (drawn in `membership.rs`).
@@ -36,6 +36,46 @@ pub enum Sync {
     Rebuild(Fill),
 }
 
+/// How far a scrub is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ScrubState {
+    /// None was asked for since the mirror was assembled.
+    Never,
+    /// It compares, or waits for the end of a resync or rebuild.
+    Running,
+    /// Everything was looked at.
+    Completed,
+    /// It ended before that: ENODEV: a leg was lost; ECANCELED: it was told to; ESHUTDOWN: the mirror was stopped; EIO: the mirror gave up.
+    Ended(Errno),
+}
+
+/// The newest scrub (mirror rule 30). All figures are blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Scrub {
+    /// How far it is.
+    pub state: ScrubState,
+    /// Everything before this block was looked at,
+    pub done: u64,
+    /// of so many.
+    pub total: u64,
+    /// Written blocks that were compared.
+    pub compared: u64,
+    /// Of these, blocks that differ.
+    pub mismatched: u64,
+    /// Blocks that were written anew from the leg that the operator believes.
+    pub repaired: u64,
+    /// Blocks that a leg could not read: repaired from the other, if that could.
+    pub unreadable: u64,
+    /// Blocks that were not judged: a resync is due there, or they are listed as bad.
+    pub skipped: u64,
+}
+
+impl Scrub {
+    /// There was none.
+    pub const NEVER: Self =
+        Self { state: ScrubState::Never, done: 0, total: 0, compared: 0, mismatched: 0, repaired: 0, unreadable: 0, skipped: 0 };
+}
+
 /// A snapshot of the mirror.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Status {
@@ -57,6 +97,8 @@ pub struct Status {
     pub sync_total: u64,
     /// Blocks really copied since the mirror was assembled.
     pub copied_blocks: u64,
+    /// The newest scrub.
+    pub scrub: Scrub,
     /// Client requests that are not answered yet.
     pub pending: u64,
     /// No more writes are taken.

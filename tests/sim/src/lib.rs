@@ -10,6 +10,7 @@
 //! submission (mirror rule 4), so tokens of one block rise.
 
 mod disk;
+mod memory;
 pub mod oracles;
 mod performing;
 pub mod simulator;

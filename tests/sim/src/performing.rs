@@ -2,13 +2,14 @@
 
 use lockstep_core::{
     format,
-    io::{LegOp, Outcome},
+    io::{Buffer, LegOp, Outcome},
     units::{BLOCK_SIZE, BlockRange, Errno, Slot},
 };
 
 use crate::{
     Rng, World,
-    world::{Data, Memory, Work, skipped},
+    memory::{Memory, skipped},
+    world::{Data, Work},
 };
 
 impl World {
@@ -28,6 +29,12 @@ impl World {
                 assert!(!overlap || !(fills || theirs_fills), "{op:?} uses memory that {other:?} has");
             }
         }
+    }
+
+    /// What a compare of two buffers says.
+    pub(crate) fn compare(&self, [a, b]: [(Memory, Buffer); 2], blocks: u64) -> Outcome {
+        let [a, b] = [a, b].map(|(memory, buffer)| self.bytes(memory, buffer, blocks));
+        Outcome::Differ(a.iter().zip(&b).enumerate().fold(0, |mask, (i, (a, b))| mask | u128::from(a != b) << i))
     }
 
     /// A bit may only land clear when both disks hold the region durably (mirror rule 18).

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use lockstep_core::{
-    COPY_BLOCKS, Mirror,
+    Mirror,
     assembly::{Assembly, Limits, Refusal, assemble},
     format,
     io::{Buffer, Effect, Effects, Event, Fill, LegOp, Notice, Outcome, Request},
@@ -11,7 +11,7 @@ use lockstep_core::{
     units::{BlockRange, Epoch, Errno, Instant, IoId, LegId, Slot, Tag, VolumeId},
 };
 
-use crate::{disk::Disk, performing::tear_page};
+use crate::{disk::Disk, memory::Memory, performing::tear_page};
 
 /// Blocks of the simulated volume: two regions and a bit.
 pub const BLOCKS: u64 = 2 * 4096 + 64;
@@ -39,9 +39,6 @@ impl Rng {
     }
 }
 
-/// A piece of memory. A name (a tag, a copy's index) means one at a time, and another one later.
-pub(crate) type Memory = u64;
-
 #[derive(Clone, Debug)]
 pub(crate) struct Data {
     /// The blocks and tokens that a write brings, or that a flush found in the cache when it was issued.
@@ -54,6 +51,8 @@ pub(crate) struct Data {
 pub(crate) enum Work {
     Leg(Slot, LegOp, Data),
     Witness(u64, Vec<u8>),
+    /// Two pieces of memory, by what they hold when they are compared.
+    Compare([(Memory, Buffer); 2], u64),
 }
 
 #[derive(Clone, Debug)]
@@ -90,14 +89,14 @@ pub struct World {
     now: Instant,
     pub(crate) work: BTreeMap<IoId, Work>,
     /// Work of a process that was killed, still on its way on a disk that hangs.
-    zombies: Vec<Work>,
+    pub(crate) zombies: Vec<Work>,
     asked: BTreeMap<Tag, Asked>,
     pub(crate) memory: BTreeMap<Memory, Vec<u64>>,
-    next_memory: Memory,
-    buffers: BTreeMap<Tag, Memory>,
+    pub(crate) next_memory: Memory,
+    pub(crate) buffers: BTreeMap<Tag, Memory>,
     last_read: BTreeMap<Tag, u64>,
     zeroed: BTreeSet<u64>,
-    copies: [Option<Memory>; 4],
+    pub(crate) copies: [Option<Memory>; 4],
     next_tag: u64,
     next_token: u64,
     /// By block: the newest acked write, and the newest that was acked and flushed.
@@ -108,12 +107,6 @@ pub struct World {
     /// What the mirror had to say.
     pub notices: Vec<Notice>,
     trace: Vec<String>,
-}
-
-/// How many blocks into its memory a buffer begins.
-pub(crate) fn skipped(buffer: Buffer) -> u64 {
-    let (Buffer::Request { skip, .. } | Buffer::Copy { skip, .. }) = buffer;
-    skip
 }
 
 fn leg_id(slot: Slot) -> LegId {
@@ -219,6 +212,10 @@ impl World {
                 Effect::WriteWitness { io, offset, page } => {
                     self.work.insert(io, Work::Witness(offset, page.to_vec()));
                 }
+                Effect::Compare { io, a, b, blocks } => {
+                    let parts = [a, b].map(|buffer| (self.named(buffer), buffer));
+                    self.work.insert(io, Work::Compare(parts, blocks));
+                }
                 Effect::Complete { tag, result } => self.complete(tag, result),
                 Effect::Release { tag } => {
                     assert!(self.asked.remove(&tag).is_some(), "{tag:?} released twice");
@@ -237,37 +234,6 @@ impl World {
                 }
             }
         }
-    }
-
-    fn allocate(&mut self, content: Vec<u64>) -> Memory {
-        if self.memory.len() > 512 {
-            let used = self.work.values().filter_map(|work| if let Work::Leg(.., data) = work { Some(data.memory) } else { None });
-            let used: BTreeSet<Memory> = used.chain(self.buffers.values().copied()).chain(self.copies.into_iter().flatten()).collect();
-            self.memory.retain(|memory, _| {
-                used.contains(memory) || self.zombies.iter().any(|z| matches!(z, Work::Leg(.., d) if d.memory == *memory))
-            });
-        }
-        self.next_memory += 1;
-        self.memory.insert(self.next_memory, content);
-        self.next_memory
-    }
-
-    /// The memory that a name means now; a copy's comes to life when it is named.
-    fn named(&mut self, buffer: Buffer) -> Memory {
-        match buffer {
-            Buffer::Request { tag, .. } => self.buffers[&tag],
-            Buffer::Copy { index, .. } => {
-                let memory = self.copies[index as usize].unwrap_or_else(|| self.allocate(vec![u64::MAX; COPY_BLOCKS as usize]));
-                self.copies[index as usize] = Some(memory);
-                memory
-            }
-        }
-    }
-
-    /// What a part of a buffer holds.
-    pub(crate) fn bytes(&self, memory: Memory, buffer: Buffer, len: u64) -> Vec<u64> {
-        let skip = skipped(buffer);
-        self.memory[&memory][skip as usize..(skip + len) as usize].to_vec()
     }
 
     fn complete(&mut self, tag: Tag, result: Result<(), Errno>) {
@@ -399,6 +365,7 @@ impl World {
                 self.witness[offset as usize..offset as usize + 4096].copy_from_slice(&page);
                 Outcome::Done(0)
             }
+            Work::Compare(parts, blocks) => self.compare(parts, blocks),
             Work::Leg(slot, _, _) if self.disks[slot.index()].dead => Outcome::Failed(Errno::EIO),
             Work::Leg(slot, op, data) => self.perhaps_flaky(slot, op, &data),
         }
@@ -453,6 +420,7 @@ impl World {
                 _ => {
                     assert!(status.sync == Sync::Idle, "stuck: {status:?}");
                     assert!(self.asked.is_empty(), "requests that never ended: {:?}", self.asked);
+                    assert_eq!(self.copies, [None; 4], "the mirror's own buffers are not given back: {}", self.trace());
                     return;
                 }
             }
@@ -488,7 +456,7 @@ impl World {
         for work in std::mem::take(&mut self.work).into_values() {
             match work {
                 Work::Leg(slot, op, data) if !self.disks[slot.index()].dead => self.tear(slot, op, &data.blocks),
-                Work::Leg(..) => {}
+                Work::Leg(..) | Work::Compare(..) => {}
                 Work::Witness(..) if self.witness.is_empty() => {}
                 Work::Witness(offset, page) => tear_page(&mut self.rng, &mut self.witness, offset, &page),
             }

@@ -41,8 +41,13 @@ pub(super) struct Mend {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum CopyFor {
     Repair,
+    /// A scrub found a difference, and the operator believes the source.
+    Belief,
     Mend(Mend),
-    Sync { generation: u64, fill: Option<Fill> },
+    Sync {
+        generation: u64,
+        fill: Option<Fill>,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -190,16 +195,19 @@ impl Mirror {
                 let range = copy.piece;
                 self.issue(to, Purpose::Copy(id), LegOp::Write { range, buffer, fua: false }, out);
             }
-            (Step::Write, Ok(_)) if copy.purpose == CopyFor::Repair => {
+            (Step::Write, Ok(_)) if matches!(copy.purpose, CopyFor::Repair | CopyFor::Belief) => {
                 copy.step = Step::Verify;
                 let range = copy.piece;
                 self.issue(to, Purpose::Copy(id), LegOp::Read { range, buffer }, out);
             }
             (Step::Write | Step::Verify, Ok(_)) => {
-                let (piece, repaired) = (copy.piece, copy.step == Step::Verify);
+                let (piece, repaired, believed) = (copy.piece, copy.step == Step::Verify, copy.purpose == CopyFor::Belief);
                 copy.pos = piece.end;
                 self.copied_blocks += piece.len();
-                if repaired {
+                if believed {
+                    self.scrub.repaired += piece.len();
+                    out.push(Effect::Notice(Notice::MismatchRepaired { slot: to, range: piece }));
+                } else if repaired {
                     out.push(Effect::Notice(Notice::ReadRepaired { slot: to, range: piece }));
                 }
                 self.next_piece(id, out);
@@ -281,7 +289,7 @@ impl Mirror {
         }
         self.held.retain(|held| *held != id);
         match copy.purpose {
-            CopyFor::Repair => {}
+            CopyFor::Repair | CopyFor::Belief => {}
             CopyFor::Mend(mend) => {
                 if !ok && self.in_count() == 2 {
                     self.mark_unsynced(copy.range);
@@ -296,12 +304,13 @@ impl Mirror {
         self.next_in_buffer_queue(out);
     }
 
-    fn free_buffer(&mut self, index: u8, out: &mut Effects) {
+    pub(super) fn free_buffer(&mut self, index: u8, out: &mut Effects) {
         out.push(Effect::ReleaseCopy { index });
         self.copy_buffers[index as usize] = false;
     }
 
-    fn next_in_buffer_queue(&mut self, out: &mut Effects) {
+    /// A buffer may be free.
+    pub(super) fn next_in_buffer_queue(&mut self, out: &mut Effects) {
         if !self.buffer_queue.is_empty() && self.copy_buffers.contains(&false) {
             let next = self.buffer_queue.remove(0);
             self.start_copy(next, out);

@@ -17,18 +17,21 @@ pub(crate) enum Purpose {
     Write(EntryId),
     Read(EntryId),
     Copy(EntryId),
+    Scrub(EntryId),
+    /// No leg's.
+    Compare(EntryId),
     Flush,
     Page(usize),
     BadBlocks,
     Superblock,
     Witness,
-    /// Nobody waits for it any more: its leg is OUT. It keeps its memory, and its leg away (mirror rules 25 and 27).
+    /// Nobody waits for it any more: its leg is OUT, or its scrub is over. It keeps its memory, and its leg away (mirror rules 25 and 27).
     Late,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Io {
-    /// The leg, by place and name; a place may have got another leg meanwhile. `None`: the witness.
+    /// The leg, by place and name; a place may have got another leg meanwhile. `None`: the witness, or no disk at all.
     pub leg: Option<(Slot, LegId)>,
     pub purpose: Purpose,
     pub op: Option<LegOp>,
@@ -59,6 +62,9 @@ impl Mirror {
     pub(super) fn done(&mut self, io: IoId, outcome: Outcome, out: &mut Effects) {
         let Some(entry) = self.ios.remove(&io) else { return };
         let Some((slot, leg)) = entry.leg else {
+            if let Purpose::Compare(id) = entry.purpose {
+                return self.compared(id, outcome, out);
+            }
             return self.witness_done(matches!(outcome, Outcome::Done(_)).then_some(()).ok_or(errno_of(outcome)), out);
         };
         let current = &mut self.legs[slot.index()];
@@ -79,7 +85,7 @@ impl Mirror {
                     Err(Errno::EIO)
                 }
             },
-            (Outcome::Done(_), _) => Ok(None),
+            (Outcome::Done(_) | Outcome::Differ(_), _) => Ok(None),
             (Outcome::Failed(errno), Some(op)) => {
                 if classify(errno) == Fault::Host && entry.reissues < REISSUES && may_reissue {
                     return self.issue_again(slot, entry.purpose, op, entry.reissues + 1, entry.issued, out);
@@ -92,19 +98,22 @@ impl Mirror {
             Purpose::Write(id) => self.write_done(id, slot, ended, out),
             Purpose::Read(id) => self.read_done(id, slot, ended, out),
             Purpose::Copy(id) => self.copy_done(id, ended, out),
+            Purpose::Scrub(id) => self.scrub_done(id, slot, ended, out),
             Purpose::Flush => self.flush_done(slot, ended, out),
             Purpose::Page(page) => self.page_done(page, slot, ended, out),
             Purpose::BadBlocks => self.list_done(slot, ended, out),
             Purpose::Superblock => self.superblock_done(slot, ended, out),
-            Purpose::Witness | Purpose::Late => {}
+            Purpose::Witness | Purpose::Compare(_) | Purpose::Late => {}
         }
     }
 
     /// Nothing is reissued to a leg that is OUT or on its way there: its range is released, or may be any time now (mirror rule 6). The
-    /// first superblock of a leg that is being attached is no such thing.
+    /// first superblock of a leg that is being attached is no such thing. What nobody waits for is not reissued anywhere: the name of its buffer
+    /// may be another's by now.
     fn may_reissue(&self, slot: Slot, purpose: Purpose) -> bool {
         let leg = &self.legs[slot.index()];
-        leg.takes_writes() || (purpose == Purpose::Superblock && leg.state == State::Out)
+        let waited = purpose != Purpose::Late;
+        (leg.takes_writes() && waited) || (purpose == Purpose::Superblock && leg.state == State::Out)
     }
 
     /// What is outstanding on a leg that does not count any more is late: nobody waits for it. A read goes to another leg, into other

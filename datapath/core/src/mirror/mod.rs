@@ -26,6 +26,7 @@ mod ios;
 mod listing;
 mod pages;
 mod reads;
+mod scrub;
 mod sync;
 mod transition;
 mod writes;
@@ -39,7 +40,7 @@ use crate::{
     io::{Effect, Effects, Event, Fill, Notice, Request},
     membership::{Record, RecordName},
     range_lock::{EntryId, RangeLock},
-    status::{LegState, LegStatus, Status, Sync},
+    status::{LegState, LegStatus, Scrub, Status, Sync},
     units::{BlockRange, Epoch, Errno, Instant, IoId, LegId, RecordId, Slot, Tag, VolumeId},
 };
 
@@ -50,6 +51,7 @@ use self::{
     flushes::{Batch, Waiter},
     ios::{Ended, Io, Purpose},
     reads::Read,
+    scrub::Scrubbing,
     sync::Syncing,
     transition::Transition,
     writes::Write,
@@ -167,6 +169,9 @@ pub struct Mirror {
     attach: Option<(Tag, Slot, Fill)>,
     detaching: Vec<(Tag, Slot)>,
     growing: Option<Growing>,
+    scrubbing: Option<Scrubbing>,
+    /// Of the newest scrub.
+    scrub: Scrub,
     stopping: Option<Stopping>,
     stopped: bool,
     early: Vec<(Tag, Request)>,
@@ -240,6 +245,8 @@ impl Mirror {
             attach: None,
             detaching: Vec::new(),
             growing: None,
+            scrubbing: None,
+            scrub: Scrub::NEVER,
             stopping: None,
             stopped: false,
             early: Vec::new(),
@@ -266,7 +273,8 @@ impl Mirror {
     pub fn next_deadline(&self) -> Option<Instant> {
         let transition = self.transition.as_ref().and_then(|transition| transition.retry_at);
         let syncing = self.syncing.as_ref().and_then(|syncing| syncing.retry_at);
-        [self.clean_at, transition, syncing, self.watch.next].into_iter().flatten().min()
+        let scrubbing = self.scrubbing.as_ref().and_then(|scrubbing| scrubbing.resume_at);
+        [self.clean_at, transition, syncing, scrubbing, self.watch.next].into_iter().flatten().min()
     }
 
     fn submit(&mut self, tag: Tag, request: Request, out: &mut Effects) {
@@ -292,6 +300,8 @@ impl Mirror {
             Request::Attach { slot, leg, fill } => self.submit_attach(tag, slot, leg, fill, out),
             Request::Detach(slot) => self.submit_detach(tag, slot, out),
             Request::Grow { blocks } => self.submit_grow(tag, blocks, out),
+            Request::Scrub { believed } => self.submit_scrub(tag, believed, out),
+            Request::StopScrub => self.stop_scrub(tag, out),
             Request::Stop => self.stopping = Some(Stopping::new(tag)),
         }
     }
@@ -329,6 +339,7 @@ impl Mirror {
             // A copy of a region that was clean wants its bit now: nothing else may happen on an idle volume.
             self.pump_pages(out);
             self.pump_growing();
+            self.pump_scrub(out);
             self.pump_transition(out);
             self.pump_flush(out);
             self.pump_stop(out);
@@ -357,7 +368,9 @@ impl Mirror {
         if self.reads.contains_key(&id) {
             return self.issue_read(id, out);
         }
-        let range = if let Some(write) = self.writes.get(&id) { write.range } else { self.copies[&id].range };
+        let Some(range) = self.writes.get(&id).map(|write| write.range).or_else(|| self.copies.get(&id).map(|copy| copy.range)) else {
+            return self.scrub_granted(id, out);
+        };
         self.bitmap.hold(range);
         // When no bit will become durable any more, what comes to be issued fails there.
         if self.bitmap.want(range) || self.read_only.is_some() {
@@ -483,6 +496,7 @@ impl Mirror {
             sync_done,
             sync_total,
             copied_blocks: self.copied_blocks,
+            scrub: self.scrub,
             pending: (self.writes.len() + self.reads.len() + self.early.len()) as u64,
             read_only: self.read_only.is_some(),
             ready: self.ready,

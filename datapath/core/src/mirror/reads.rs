@@ -135,7 +135,7 @@ impl Mirror {
     }
 
     /// Puts on `bad` what `good` holds, under the range lock, and reads it back. `false`: it will not.
-    fn start_repair(&mut self, range: BlockRange, good: Slot, bad: Slot, out: &mut Effects) -> bool {
+    pub(super) fn start_repair(&mut self, range: BlockRange, good: Slot, bad: Slot, out: &mut Effects) -> bool {
         if self.legs[bad.index()].state != State::In || self.read_only.is_some() || self.stopping.is_some() {
             return false;
         }

@@ -218,7 +218,8 @@ impl Node {
             }
             Effect::ReleaseCopy { index } => drop(self.copies.remove(&index)),
             Effect::Notice(notice) => self.notices.push(notice),
-            Effect::Release { .. } | Effect::NewBuffer { .. } => {}
+            // Nobody scrubs here.
+            Effect::Release { .. } | Effect::NewBuffer { .. } | Effect::Compare { .. } => {}
         }
     }
 

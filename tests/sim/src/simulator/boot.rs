@@ -7,7 +7,7 @@ use lockstep_core::{
     assembly::{Assembly, Limits, Refusal, assemble},
     io::{Effects, Request},
     membership::{MemberState, Record},
-    status::{LegState, LegStatus, Status, Sync},
+    status::{LegState, LegStatus, Scrub, Status, Sync},
     units::{Epoch, LegId, Slot},
 };
 
@@ -30,6 +30,7 @@ pub(super) const NOT_YET: Status = Status {
     sync_done: 0,
     sync_total: 0,
     copied_blocks: 0,
+    scrub: Scrub::NEVER,
     pending: 0,
     read_only: false,
     ready: false,
@@ -138,7 +139,7 @@ impl Machine {
                         self.do_a_part(disk, &work);
                     }
                 }
-                (Op::Leg(_), None) => {}
+                (Op::Leg(_), None) | (Op::Compare, _) => {}
             }
         }
         self.asked.clear();

@@ -70,6 +70,8 @@ pub enum Kind {
     Bitmap,
     /// Metadata.
     Witness,
+    /// Of two buffers of its own, for a scrub.
+    Compare,
 }
 
 impl Kind {

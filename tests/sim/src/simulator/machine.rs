@@ -33,6 +33,8 @@ pub(super) type Memory = (u64, Vec<u64>);
 pub(super) enum Op {
     Leg(LegOp),
     Witness(u64, Vec<u8>),
+    /// Of two buffers; done when it is asked for.
+    Compare,
 }
 
 /// Something under way.

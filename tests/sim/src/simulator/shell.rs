@@ -63,6 +63,7 @@ impl Machine {
                         Work { disk: None, op, kind: Kind::Witness, data: Vec::new(), memory: 0, mark: 0, since: self.now, ended: None };
                     self.work.insert(io, work);
                 }
+                Effect::Compare { io, a, b, blocks } => self.compare_buffers(io, a, b, blocks),
                 Effect::Complete { tag, result } => self.complete(tag, result),
                 Effect::Release { tag } => {
                     if self.asked.remove(&tag).is_none() || self.answers.remove(&tag).is_none() {
@@ -171,13 +172,24 @@ impl Machine {
         Some(data.get(skip as usize..(skip + len) as usize)?.to_vec())
     }
 
+    fn compare_buffers(&mut self, io: IoId, a: Buffer, b: Buffer, blocks: u64) {
+        self.tell(|| format!("  {io:?} compare"));
+        let (Some(first), Some(second)) = (self.buffer(a, blocks), self.buffer(b, blocks)) else {
+            return self.breaks("bounds", "a compare of buffers that are not in use");
+        };
+        let mask = first.iter().zip(&second).enumerate().fold(0, |mask, (i, (a, b))| mask | u128::from(a != b) << i);
+        let ended = Some((Outcome::Differ(mask), End::Done));
+        let (op, kind) = (Op::Compare, Kind::Compare);
+        self.work.insert(io, Work { disk: None, op, kind, data: Vec::new(), memory: 0, mark: 0, since: self.now, ended });
+    }
+
     /// Does a piece of work, or fails it; the report comes later.
     pub(super) fn execute(&mut self, io: IoId) {
         let Some(mut work) = self.work.remove(&io) else { return };
         let ended = match (&work.op, work.disk) {
             (Op::Witness(offset, page), _) => self.execute_witness(*offset, page),
             (Op::Leg(op), Some((disk, generation))) => self.execute_leg(disk, generation, op, &work),
-            (Op::Leg(_), None) => (Outcome::Failed(Errno::ENODEV), End::Gone),
+            (Op::Leg(_) | Op::Compare, _) => (Outcome::Failed(Errno::ENODEV), End::Gone),
         };
         work.ended = Some(ended);
         self.work.insert(io, work);

@@ -1,17 +1,22 @@
 //! Random histories with crashes and lost disks.
 
-use lockstep_core::{status::LegState, units::Slot};
+use lockstep_core::{
+    io::{Notice, Request},
+    status::LegState,
+    units::Slot,
+};
 use lockstep_sim::{Rng, World};
 
 use crate::range;
 
-/// One random history.
-fn history(seed: u64) {
+/// One random history; `beside` does what else there is to be done between two steps.
+fn history(seed: u64, mut beside: impl FnMut(&mut World)) {
     let mut world = World::new(seed);
     world.flaky = [0, 0, 12][(seed % 3) as usize];
     let mut rng = Rng(seed ^ 0xfeed);
     let mut lost: Option<Slot> = None;
     for _ in 0..300 {
+        beside(&mut world);
         let start = [0, 4090, 8190][rng.below(3) as usize] + rng.below(24);
         let piece = range(start, start + 1 + rng.below(8));
         match rng.below(20) {
@@ -61,13 +66,34 @@ fn history(seed: u64) {
     world.assert_identical();
 }
 
-#[test]
-fn random_histories_with_crashes_and_lost_disks_keep_every_promise() {
-    let seeds = std::env::var("SIM_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(500);
+fn histories(seeds: u64, mut one: impl FnMut(u64)) {
+    let seeds = std::env::var("SIM_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(seeds);
     for seed in 0..seeds {
-        if let Err(panic) = std::panic::catch_unwind(|| history(seed)) {
+        if let Err(panic) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| one(seed))) {
             eprintln!("seed {seed}");
             std::panic::resume_unwind(panic);
         }
     }
+}
+
+#[test]
+fn random_histories_with_crashes_and_lost_disks_keep_every_promise() {
+    histories(500, |seed| history(seed, |_| {}));
+}
+
+#[test]
+fn random_histories_beside_scrubs_keep_every_promise_and_no_scrub_finds_a_difference() {
+    histories(150, |seed| {
+        let mut rng = Rng(seed ^ 0x5c2b);
+        history(seed, |world| {
+            match rng.below(30) {
+                0 | 1 => drop(world.command(Request::Scrub { believed: [None, Some(Slot::A), Some(Slot::B)][rng.below(3) as usize] })),
+                2 if rng.once_in(4) => drop(world.command(Request::StopScrub)),
+                3 | 4 => drop(world.tick()),
+                _ => {}
+            }
+            let mismatch = world.notices.iter().find(|notice| matches!(notice, Notice::Mismatch { .. }));
+            assert!(mismatch.is_none(), "{mismatch:?}: {}", world.trace());
+        });
+    });
 }

@@ -9,6 +9,7 @@ mod histories;
 mod membership;
 mod order;
 mod reads;
+mod scrub;
 
 use lockstep_core::{
     io::LegOp,
