@@ -31,6 +31,7 @@ pub mod mirror;
 pub mod mounts;
 pub mod node;
 mod publish;
+mod quarantine;
 pub mod rpc;
 mod stage;
 pub mod staged;

@@ -14,7 +14,7 @@ use lockstep_proto::objects::{MirrorVolume, MirrorVolumeStatus};
 use lockstep_store::Store;
 use tokio::sync::Notify;
 
-use crate::{disks::Disks, error::Error, mirror::OpenVolume, state_dir::StateDir};
+use crate::{disks::Disks, error::Error, mirror::OpenVolume, quarantine::Assemblies, state_dir::StateDir};
 
 /// How long a call waits for what the node itself does to a volume.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -34,6 +34,8 @@ pub struct Node<S> {
     pub datapath: Datapath,
     /// Open volumes, by the UID of their object.
     pub(crate) open: Mutex<BTreeMap<String, Arc<OpenVolume>>>,
+    /// Mirrors that are being assembled.
+    pub(crate) assemblies: Assemblies,
     busy: Mutex<BTreeMap<String, Holder>>,
     freed: Notify,
     scanned: AtomicBool,
@@ -72,6 +74,7 @@ impl<S: Store> Node<S> {
             disks,
             datapath,
             open: Mutex::default(),
+            assemblies: Assemblies::default(),
             busy: Mutex::default(),
             freed: Notify::new(),
             scanned: AtomicBool::new(false),
@@ -146,7 +149,7 @@ impl<S: Store> Node<S> {
         found.filter(|volume| volume.spec.node == self.name).ok_or_else(|| Error::NoVolume(id.to_owned()))
     }
 
-    /// At the end of the process: what was answered is durable. The devices of volumes that are still in use end with the process, and the
+    /// At the end of the process, which is not a crash of what is being assembled: what was answered is durable. The devices of volumes that are still in use end with the process, and the
     /// dirty bits tell the next one what may differ.
     pub async fn flush_all(&self) {
         let open: Vec<_> = self.open.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
@@ -159,6 +162,7 @@ impl<S: Store> Node<S> {
                 Err(_) => tracing::warn!(volume = open.id, "it could not be flushed in time"),
             }
         }
+        self.assemblies.abandon(&self.state);
     }
 
     /// Its open mirror, if it is staged.

@@ -76,15 +76,11 @@ impl<S: Store> Node<S> {
     }
 
     async fn bring_up(self: &Arc<Self>, volume: &MirrorVolume, mut staged: Staged) -> Result<(), Error> {
-        let legs = self.find_legs(&staged.uid, &known(volume)).await?;
-        staged.legs = legs.into_iter().map(|leg| leg.dir).collect();
-        let open = self.open_mirror(volume).await?;
-        staged.device = Some(open.volume.device().to_owned());
-        staged.write(&self.state)?;
-        let device = open.volume.device().display().to_string();
-        self.patch_status(&staged.volume, &staged.uid, |status| status.device = Some(device.clone())).await?;
+        self.assembly_begins(volume).await?;
+        let assembled = self.assemble(volume, &mut staged).await;
+        self.assembly_ended(&staged.uid, assembled.as_ref().err())?;
+        let open = assembled?;
         let wanted = volume.status.as_ref().map_or(0, |status| status.capacity_bytes);
-        until_ready(&open).await?;
         if let Err(error) = open.volume.grow(wanted).await {
             // Both copies are good: it is used at its old size, and grows when it is asked to again.
             warn!(%error, "the volume could not be given the size that it was granted");
@@ -94,6 +90,19 @@ impl<S: Store> Node<S> {
         }
         info!(path = %staged.staging_path.display(), "staged");
         Ok(())
+    }
+
+    /// Until the mirror serves.
+    async fn assemble(self: &Arc<Self>, volume: &MirrorVolume, staged: &mut Staged) -> Result<Arc<OpenVolume>, Error> {
+        let legs = self.find_legs(&staged.uid, &known(volume)).await?;
+        staged.legs = legs.into_iter().map(|leg| leg.dir).collect();
+        let open = self.open_mirror(volume).await?;
+        staged.device = Some(open.volume.device().to_owned());
+        staged.write(&self.state)?;
+        let device = open.volume.device().display().to_string();
+        self.patch_status(&staged.volume, &staged.uid, |status| status.device = Some(device.clone())).await?;
+        until_ready(&open).await?;
+        Ok(open)
     }
 
     /// It is staged already; but was it unmounted since, or an unstage cut off in its middle?

@@ -6,6 +6,7 @@
 //! formatting/<uuid>    a disk's mkfs began
 //! witness/<uid>        a volume's witness
 //! staged/<uid>.yaml    what is needed to serve a staged volume again
+//! assembling/<uid>     how often csi-node ended while it assembled a volume's mirror
 //! deleted/<uid>        a volume that was deleted while one of its disks was away
 //! run/<uid>            a volume's FUSE file
 //! ```
@@ -60,7 +61,7 @@ impl StateDir {
     /// # Errors
     /// `StateError::InUse` if another process has it.
     pub fn open(root: &Path) -> Result<Self, StateError> {
-        for dir in ["disks", "formatting", "witness", "staged", "deleted", "run"] {
+        for dir in ["disks", "formatting", "witness", "staged", "assembling", "deleted", "run"] {
             let dir = root.join(dir);
             fs::create_dir_all(&dir).map_err(io_error(&dir))?;
         }
@@ -100,6 +101,11 @@ impl StateDir {
     /// All of them.
     pub fn staged_dir(&self) -> PathBuf {
         self.root.join("staged")
+    }
+
+    /// How often csi-node ended while it assembled a volume's mirror.
+    pub fn assembling(&self, uid: &str) -> PathBuf {
+        self.root.join("assembling").join(uid)
     }
 
     /// The record of a volume that was deleted while one of its disks was away.

@@ -48,6 +48,9 @@ pub enum Error {
     /// The volume is closed, or its datapath thread is gone.
     #[error("the volume is not open any more")]
     Gone,
+    /// What looks at the legs panicked: a bug. Nothing but this volume is touched by it.
+    #[error("the mirror's code panicked: see the log")]
+    Panicked,
     /// The kernel would never send a flush to this device.
     #[error("{device} shows no volatile write cache, so flushes would be lost: refused")]
     NoFlush {

@@ -101,7 +101,7 @@ struct Opened {
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
-    tokio::task::spawn_blocking(work).await.unwrap_or(Err(Error::Gone))
+    tokio::task::spawn_blocking(work).await.unwrap_or(Err(Error::Panicked))
 }
 
 impl Datapath {

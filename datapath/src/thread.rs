@@ -35,6 +35,15 @@ pub(crate) struct Thread {
     volumes: Arc<AtomicUsize>,
 }
 
+/// One volume less, however it ends.
+struct Carried(Arc<AtomicUsize>);
+
+impl Drop for Carried {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Thread {
     /// Starts the thread with this number, with a ring of this many entries.
     pub(crate) fn start(number: usize, ring_entries: u32) -> io::Result<Self> {
@@ -59,8 +68,8 @@ impl Thread {
                     let (pool, landing, count) = (Rc::clone(&pool), Rc::clone(&landing), Arc::clone(&count));
                     tokio_uring::spawn(
                         async move {
+                            let _carried = Carried(count);
                             volume::run(start, pool, landing).await;
-                            count.fetch_sub(1, Ordering::Relaxed);
                         }
                         .instrument(span),
                     );

@@ -5,11 +5,12 @@
 //!     ^---- reply <------------------------ Complete         WriteWitness -> the blocking pool ------------^
 //! ```
 
+mod guard;
+
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
     os::{fd::OwnedFd, unix::fs::FileExt},
-    panic::{AssertUnwindSafe, catch_unwind},
     rc::Rc,
     sync::Arc,
     time::Duration,
@@ -137,16 +138,16 @@ pub(crate) async fn run(start: Start, pool: Rc<Pool>, landing: Rc<RefCell<Option
         status: start.status,
         notices: start.notices,
     });
-    volume.perform(start.effects);
-    tokio_uring::spawn(Rc::clone(&volume).keep_time());
+    volume.guard(|| volume.perform(start.effects));
+    volume.spawn(Rc::clone(&volume).keep_time());
     let reader = tokio_uring::spawn(Rc::clone(&volume).read_requests(landing));
     while let Some(command) = commands.recv().await {
         match command {
             Command::Submit(request, reply) => volume.command(request, reply),
             Command::Attach { slot, leg, request, reply } => volume.attach(slot, *leg, request, reply),
             Command::Readmission(meta, reply) => {
-                let fill = volume.mirror.borrow().as_ref().and_then(|mirror| mirror.readmission(&meta));
-                let _ = reply.send(fill);
+                let fill = volume.guard(|| volume.mirror.borrow().as_ref().and_then(|mirror| mirror.readmission(&meta)));
+                let _ = reply.send(fill.flatten());
             }
             Command::InvalidateAttributes(reply) => {
                 let sent = volume.fuse.notify(&fuse::invalidate_attributes());
@@ -180,32 +181,18 @@ impl Volume {
     }
 
     fn handle(self: &Rc<Self>, event: Event) {
-        let mut out = Effects::new();
-        let mut slot = self.mirror.borrow_mut();
-        let Some(mirror) = slot.as_mut() else { return };
-        let before = mirror.next_deadline();
-        if catch_unwind(AssertUnwindSafe(|| mirror.handle(self.now(), event, &mut out))).is_err() {
-            // One mirror's bug is not its neighbours' end (mirror rule 33).
-            *slot = None;
+        self.guard(|| {
+            let mut out = Effects::new();
+            let mut slot = self.mirror.borrow_mut();
+            let Some(mirror) = slot.as_mut() else { return };
+            let before = mirror.next_deadline();
+            mirror.handle(self.now(), event, &mut out);
+            if mirror.next_deadline() != before {
+                self.rearm.notify_one();
+            }
             drop(slot);
-            return self.fail_everything();
-        }
-        if mirror.next_deadline() != before {
-            self.rearm.notify_one();
-        }
-        drop(slot);
-        self.perform(out);
-    }
-
-    fn fail_everything(&self) {
-        error!("the mirror's code panicked: its requests get EIO from now on; unstage the volume and stage it again");
-        let tags: Vec<Tag> = self.entries.borrow().keys().copied().collect();
-        for tag in tags {
-            self.complete(tag, Err(Errno::EIO));
-        }
-        self.entries.take();
-        self.legs.take();
-        self.status.send_modify(|status| status.read_only = true);
+            self.perform(out);
+        });
     }
 
     fn perform(self: &Rc<Self>, mut out: Effects) {
@@ -218,7 +205,7 @@ impl Volume {
                         // A buffer comes to life, perhaps after a wait.
                         Some((buffer, class)) => {
                             let life = self.life(buffer);
-                            drop(tokio_uring::spawn(async move {
+                            self.spawn(async move {
                                 let memory = Rc::new(volume.pool.get(class).await);
                                 // Its leg may have gone OUT meanwhile: then it is late, and the memory is its own.
                                 if volume.life(buffer) == life {
@@ -229,17 +216,17 @@ impl Volume {
                                     Window::new(memory, (skip * BLOCK_SIZE) as usize, range.byte_len() as usize)
                                 });
                                 volume.leg_io(slot, files, io, op).await;
-                            }));
+                            });
                         }
                         None => {
                             let op = self.prepare(op);
-                            drop(tokio_uring::spawn(async move { volume.leg_io(slot, files, io, op).await }));
+                            self.spawn(async move { volume.leg_io(slot, files, io, op).await });
                         }
                     }
                 }
                 Effect::WriteWitness { io, offset, page } => {
                     let volume = Rc::clone(self);
-                    tokio_uring::spawn(async move {
+                    self.spawn(async move {
                         let witness = Arc::clone(&volume.witness);
                         let write = tokio::task::spawn_blocking(move || witness.write_all_at(page.as_slice(), offset)).await;
                         let outcome = match write {
@@ -253,7 +240,7 @@ impl Volume {
                 Effect::Compare { io, a, b, blocks } => {
                     let volume = Rc::clone(self);
                     let windows = [a, b].map(|buffer| self.window(buffer, blocks * BLOCK_SIZE));
-                    tokio_uring::spawn(async move {
+                    self.spawn(async move {
                         let outcome = Outcome::Differ(compare::differing(windows[0].bytes(), windows[1].bytes()));
                         volume.handle(Event::Done { io, outcome });
                     });
@@ -394,12 +381,14 @@ impl Volume {
     }
 
     fn publish(&self) {
-        if let Ok(mirror) = self.mirror.try_borrow()
-            && let Some(mirror) = mirror.as_ref()
-        {
-            let status = mirror.status();
-            self.status.send_if_modified(|old| std::mem::replace(old, status) != status);
-        }
+        self.guard(|| {
+            if let Ok(mirror) = self.mirror.try_borrow()
+                && let Some(mirror) = mirror.as_ref()
+            {
+                let status = mirror.status();
+                self.status.send_if_modified(|old| std::mem::replace(old, status) != status);
+            }
+        });
     }
 
     async fn keep_time(self: Rc<Self>) {
@@ -452,7 +441,7 @@ impl Volume {
         let (answer, answered) = oneshot::channel();
         self.command(request, answer);
         let volume = Rc::clone(self);
-        tokio_uring::spawn(async move {
+        self.spawn(async move {
             let result = answered.await.unwrap_or(Err(Errno::EIO));
             let mut legs = volume.legs.borrow_mut();
             let installed = &mut legs[slot.index()];
@@ -489,7 +478,8 @@ impl Volume {
                 let Some(mut buffer) = slot.take() else { break };
                 let start = PAGE - fuse::WRITE_HEAD;
                 match self.fuse.read(&mut buffer.bytes_mut()[start..]) {
-                    Ok(len) => *slot = self.request(buffer, start, len),
+                    // Its buffer is gone with what panicked; there is always another one.
+                    Ok(len) => *slot = self.guard(|| self.request(buffer, start, len)).flatten(),
                     Err(rustix::io::Errno::WOULDBLOCK) => {
                         *slot = Some(buffer);
                         ready.clear_ready();

@@ -9,7 +9,7 @@
 //! The mirror never waits for any of this.
 
 mod rebuild;
-mod report;
+pub(crate) mod report;
 mod scrub;
 
 use std::{

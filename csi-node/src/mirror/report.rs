@@ -43,7 +43,7 @@ fn percent(status: &Status) -> Option<u8> {
 }
 
 /// Sets one condition; its time is when its status changed.
-fn set(conditions: &mut Vec<Condition>, kind: &str, status: bool, reason: &str, message: String) {
+pub(crate) fn set(conditions: &mut Vec<Condition>, kind: &str, status: bool, reason: &str, message: String) {
     let status = if status { "True" } else { "False" };
     let old = conditions.iter_mut().find(|condition| condition.type_ == kind);
     let now = || Time(Timestamp::now());

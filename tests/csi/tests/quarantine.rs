@@ -1,0 +1,106 @@
+//! A volume whose assembly takes csi-node with it (mirror rule 33): its disks are frozen from below, so that csi-node can be ended in it.
+#![allow(missing_docs)]
+
+use std::{fs, process::Command, time::Duration};
+
+use lockstep_csi_tests::{
+    client::Place,
+    driver::{Driver, until},
+    lab::{Lab, identical, text},
+};
+use lockstep_native::run;
+use lockstep_store::{Error, Store};
+use tokio::task::JoinHandle;
+use tonic::{Code, Status};
+
+const MIB: u64 = 1 << 20;
+
+async fn volume(lab: &Lab, driver: &Driver, name: &str) -> Place {
+    let id = driver.client.create(name, 64 * MIB, None).await.expect("it is created").volume_id;
+    Place { id, fs_type: None, staging: lab.path(&format!("staging-{name}")), target: lab.path(&format!("target-{name}")) }
+}
+
+async fn count(lab: &Lab, driver: &Driver, place: &Place) -> Option<String> {
+    let uid = driver.volume(&place.id).await.metadata.uid.unwrap();
+    let text = fs::read_to_string(lab.path(&format!("driver/state/assembling/{uid}"))).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("unfinished: ")).map(str::to_owned)
+}
+
+/// A stage that hangs in the middle of its assembly: the disks take no writes for so many seconds.
+async fn hanging(lab: &Lab, driver: &Driver, place: &Place, seconds: u32) -> (JoinHandle<Result<(), Status>>, std::process::Child) {
+    let before = count(lab, driver, place).await;
+    let mounts = [0, 1].map(|disk| lab.mount_of(disk).unwrap());
+    let [a, b] = [text(&mounts[0]), text(&mounts[1])];
+    let thaw = format!("sleep {seconds}; fsfreeze --unfreeze {a}; fsfreeze --unfreeze {b}");
+    let thaw = Command::new("sh").args(["-c", &thaw]).spawn().unwrap();
+    mounts.iter().for_each(|mount| drop(run("fsfreeze", &["--freeze", text(mount)])));
+    let (client, place_) = (driver.client.clone(), place.clone());
+    let stage = tokio::spawn(async move { client.stage(&place_.id, &place_.staging, None).await });
+    until("an assembly", || async { (count(lab, driver, place).await != before).then_some(()) }).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(!stage.is_finished(), "it did not hang: {:?}", stage.await);
+    (stage, thaw)
+}
+
+async fn kill_in_assembly(lab: &Lab, driver: &mut Driver, place: &Place) {
+    let (stage, mut thaw) = hanging(lab, driver, place, 2).await;
+    driver.kill_node();
+    assert!(stage.await.unwrap().is_err());
+    assert!(thaw.wait().unwrap().success());
+    driver.start_node().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_whose_assembly_took_csi_node_with_it_three_times_is_refused_until_an_operator_lifts_that() {
+    let lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let (place, neighbour) = (volume(&lab, &driver, "bad").await, volume(&lab, &driver, "good").await);
+    for _ in 0..2 {
+        kill_in_assembly(&lab, &mut driver, &place).await;
+    }
+    assert_eq!(count(&lab, &driver, &place).await.as_deref(), Some("2"));
+    // Asked to end in the middle of an assembly, it does, and that is no crash. Longer than it waits for its last calls.
+    let (stage, mut thaw) = hanging(&lab, &driver, &place, 20).await;
+    driver.terminate_node();
+    assert!(stage.await.unwrap().is_err(), "it was staged before csi-node ended: nothing was proved");
+    assert!(thaw.wait().unwrap().success());
+    driver.start_node().await;
+    assert_eq!(count(&lab, &driver, &place).await.as_deref(), Some("2"));
+    // Nor is a restart.
+    driver.terminate_node();
+    driver.start_node().await;
+    kill_in_assembly(&lab, &mut driver, &place).await;
+
+    for _ in 0..2 {
+        let refused = place.up(&driver.client).await.unwrap_err();
+        assert_eq!(refused.code(), Code::FailedPrecondition);
+        let message = refused.message();
+        assert!(
+            message.contains("quarantine") && message.contains("3 times") && message.contains("lockstep.io/lift-quarantine"),
+            "{message}"
+        );
+    }
+    let status = driver.volume(&place.id).await.status.unwrap();
+    let ready = status.conditions.iter().find(|condition| condition.type_ == "Ready").unwrap();
+    assert_eq!((ready.status.as_str(), ready.reason.as_str()), ("False", "Quarantined"));
+    assert_eq!(status.device, None, "nothing may be half-staged");
+    assert!(fs::read_to_string(driver.node_log()).unwrap().contains("MirrorQuarantined"));
+    neighbour.up(&driver.client).await.unwrap();
+    neighbour.down(&driver.client).await.unwrap();
+
+    loop {
+        let mut object = driver.volume(&place.id).await;
+        object.metadata.annotations.get_or_insert_default().insert("lockstep.io/lift-quarantine".into(), "now".into());
+        match driver.store.update(object).await {
+            Err(Error::Conflict { .. }) => {}
+            written => break drop(written.unwrap()),
+        }
+    }
+    place.up(&driver.client).await.unwrap();
+    assert_eq!(count(&lab, &driver, &place).await, None);
+    assert!(driver.volume(&place.id).await.metadata.annotations.is_none_or(|annotations| annotations.is_empty()));
+    place.down(&driver.client).await.unwrap();
+    let copies = driver.copies(&place.id).await;
+    assert!(identical(&copies[0], &copies[1]), "the copies differ");
+    driver.stop();
+}
