@@ -164,7 +164,7 @@ mod tests {
     fn rule_33_a_panic_ends_its_mirror_with_errors_for_all_who_ask_it_and_its_neighbour_on_the_thread_serves_on() {
         let dir = tempfile::tempdir().unwrap();
         let ((first, doomed), (second, neighbour)) = (volume(dir.path(), 1), volume(dir.path(), 3));
-        let thread = Thread::start(0).unwrap();
+        let thread = Thread::start(0, 64).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let (mut dying, mut living) = (doomed.status.clone(), neighbour.status.clone());
         runtime.block_on(async {
