@@ -51,6 +51,8 @@ pub(super) struct Scrubs {
     granted: Option<Wish>,
     task: Option<JoinHandle<Ended>>,
     result: Option<Ended>,
+    /// What cannot be granted. The object says why before the annotations go, as it has the result of a scrub before they go.
+    refused: Option<Wish>,
 }
 
 impl Scrubs {
@@ -157,6 +159,10 @@ impl<S: Store> Node<S> {
     /// Starts the scrub that is wanted, stops the one that is not, and takes the annotations away when it is done. Says whether the
     /// object is to be written again.
     pub(super) async fn mind_scrub(&self, open: &Arc<OpenVolume>, status: &Status, wish: Option<Wish>, scrubs: &mut Scrubs) -> bool {
+        if scrubs.result.is_some() && status.scrub.state == ScrubState::Running {
+            // The end is not on the object yet.
+            return true;
+        }
         if let (Some(result), Some(granted)) = (scrubs.result.take(), &scrubs.granted) {
             self.scrub_ended(open, granted, &result).await;
             scrubs.granted = None;
@@ -171,6 +177,10 @@ impl<S: Store> Node<S> {
             return false;
         }
         let Some(wish) = wish else { return false };
+        if scrubs.refused.take_if(|refused| *refused == wish).is_some() {
+            self.forget_scrub(&open.id, &wish).await;
+            return false;
+        }
         let there = status.legs.iter().all(|leg| leg.state != LegState::Out);
         if !status.ready || status.read_only || status.stopped || !there {
             return false;
@@ -185,7 +195,7 @@ impl<S: Store> Node<S> {
                     );
                     warn!(reason = "ScrubRefused", "{refused}");
                     open.found.lock().unwrap_or_else(PoisonError::into_inner).refused = Some(refused);
-                    self.forget_scrub(&open.id, &wish).await;
+                    scrubs.refused = Some(wish);
                     return true;
                 }
             },

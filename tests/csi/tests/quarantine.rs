@@ -28,6 +28,8 @@ async fn count(lab: &Lab, driver: &Driver, place: &Place) -> Option<String> {
 
 /// A stage that hangs in the middle of its assembly: the disks take no writes for so many seconds.
 async fn hanging(lab: &Lab, driver: &Driver, place: &Place, seconds: u32) -> (JoinHandle<Result<(), Status>>, std::process::Child) {
+    // What an earlier csi-node left is taken down first, which is not what is to hang.
+    place.down(&driver.client).await.unwrap();
     let before = count(lab, driver, place).await;
     let mounts = [0, 1].map(|disk| lab.mount_of(disk).unwrap());
     let [a, b] = [text(&mounts[0]), text(&mounts[1])];
@@ -43,7 +45,7 @@ async fn hanging(lab: &Lab, driver: &Driver, place: &Place, seconds: u32) -> (Jo
 }
 
 async fn kill_in_assembly(lab: &Lab, driver: &mut Driver, place: &Place) {
-    let (stage, mut thaw) = hanging(lab, driver, place, 2).await;
+    let (stage, mut thaw) = hanging(lab, driver, place, 5).await;
     driver.kill_node();
     assert!(stage.await.unwrap().is_err());
     assert!(thaw.wait().unwrap().success());
