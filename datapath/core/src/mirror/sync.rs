@@ -138,7 +138,7 @@ impl Mirror {
         if idle || self.attach.is_some() {
             return;
         }
-        if self.syncing.is_none() && self.stopping.is_none() && !self.stopped {
+        if self.syncing.is_none() && self.stopping.is_none() {
             self.choose_sync(out);
         }
         loop {
