@@ -74,7 +74,7 @@ async fn a_byte_that_rots_in_one_copy_is_named_under_load_and_repaired_from_the_
     let copies = driver.copies(&place.id).await;
     let good = flip(&copies[0]);
 
-    let mut under_load = load::on_device(&place.target, 8);
+    let mut under_load = load::on_device(&place.target, 40);
     tokio::time::sleep(Duration::from_secs(1)).await;
     let asked = Instant::now();
     annotate(&driver, &place.id, &[("scrub", "1")]).await;
