@@ -149,8 +149,8 @@ impl<S: Store> Node<S> {
         found.filter(|volume| volume.spec.node == self.name).ok_or_else(|| Error::NoVolume(id.to_owned()))
     }
 
-    /// At the end of the process, which is not a crash of what is being assembled: what was answered is durable. The devices of volumes that are still in use end with the process, and the
-    /// dirty bits tell the next one what may differ.
+    /// At the end of the process, which is not a crash of what is being assembled: what was answered is durable. The devices of volumes that
+    /// are still in use end with the process, and the dirty bits tell the next one what may differ.
     pub async fn flush_all(&self) {
         let open: Vec<_> = self.open.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
         for open in open {
@@ -168,6 +168,25 @@ impl<S: Store> Node<S> {
     /// Its open mirror, if it is staged.
     pub(crate) fn open_volume(&self, uid: &str) -> Option<Arc<OpenVolume>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner).get(uid).cloned()
+    }
+
+    /// Changes an object's annotations, however often others write it in between. `change` says whether it changed anything: what would change
+    /// nothing writes nothing.
+    pub(crate) async fn change_annotations(
+        &self,
+        id: &str,
+        change: impl Fn(&mut BTreeMap<String, String>) -> bool + Send,
+    ) -> Result<(), Error> {
+        loop {
+            let mut volume = self.volume(id).await?;
+            if !volume.metadata.annotations.as_mut().is_some_and(&change) {
+                return Ok(());
+            }
+            match self.store.update(volume).await {
+                Err(lockstep_store::Error::Conflict { .. }) => {}
+                updated => return Ok(updated.map(drop)?),
+            }
+        }
     }
 
     /// Changes the status of the very object with this UID, however often others write it in between. What would change nothing writes

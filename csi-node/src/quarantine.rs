@@ -80,7 +80,7 @@ impl<S: Store> Node<S> {
             }
             warn!("the quarantine is lifted: the mirror is assembled once more");
             before.unfinished = 0;
-            self.forget_annotations(&id, |annotations| annotations.remove(LIFT_ANNOTATION).is_some()).await?;
+            self.change_annotations(&id, |annotations| annotations.remove(LIFT_ANNOTATION).is_some()).await?;
         }
         state_dir::write_record(&path, &Attempts { unfinished: before.unfinished + 1, ..before.clone() })?;
         self.assemblies.0.lock().unwrap_or_else(PoisonError::into_inner).insert(uid, before);

@@ -94,9 +94,9 @@ impl<S: Store> Node<S> {
 
     /// Until the mirror serves.
     async fn assemble(self: &Arc<Self>, volume: &MirrorVolume, staged: &mut Staged) -> Result<Arc<OpenVolume>, Error> {
-        let legs = self.find_legs(&staged.uid, &known(volume)).await?;
-        staged.legs = legs.into_iter().map(|leg| leg.dir).collect();
-        let open = self.open_mirror(volume).await?;
+        let found = self.find_legs(&staged.uid, &known(volume)).await?;
+        staged.legs = found.iter().map(|leg| leg.dir.clone()).collect();
+        let open = self.open_mirror(volume, found).await?;
         staged.device = Some(open.volume.device().to_owned());
         staged.write(&self.state)?;
         let device = open.volume.device().display().to_string();

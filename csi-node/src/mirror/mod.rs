@@ -37,7 +37,7 @@ use tokio::{
 use tracing::{Instrument, info, warn};
 
 use crate::{
-    allocate::{datapath_id, known},
+    allocate::datapath_id,
     error::Error,
     legs::{self, LegDir},
     node::{Node, blocking, names},
@@ -110,13 +110,12 @@ fn leg_paths(found: &[LegDir]) -> Vec<LegPath> {
 }
 
 impl<S: Store> Node<S> {
-    /// Assembles a volume's mirror from what is on the disks, makes its device, and looks after it from then on.
+    /// Assembles a volume's mirror from the legs that were found, makes its device, and looks after it from then on.
     ///
     /// # Errors
     /// The datapath's: refusals among them.
-    pub(crate) async fn open_mirror(self: &Arc<Self>, object: &MirrorVolume) -> Result<Arc<OpenVolume>, Error> {
+    pub(crate) async fn open_mirror(self: &Arc<Self>, object: &MirrorVolume, found: Vec<LegDir>) -> Result<Arc<OpenVolume>, Error> {
         let (id, uid) = names(object);
-        let found = self.find_legs(&uid, &known(object)).await?;
         let force = object.metadata.annotations.as_ref().and_then(|annotations| annotations.get(FORCE_ANNOTATION));
         let force = match force {
             Some(leg) => Some(legs::parse_id(leg).map(LegId).ok_or_else(|| {
@@ -136,7 +135,7 @@ impl<S: Store> Node<S> {
         info!(device = %volume.device().display(), legs = found.len(), "assembled");
         if force.is_some() {
             warn!(?force, "the operator forced a leg: what only the other one had is given up");
-            if let Err(error) = self.forget_annotations(&id, |annotations| annotations.remove(FORCE_ANNOTATION).is_some()).await {
+            if let Err(error) = self.change_annotations(&id, |annotations| annotations.remove(FORCE_ANNOTATION).is_some()).await {
                 warn!(%error, "take the annotation {FORCE_ANNOTATION} away by hand");
             }
         }

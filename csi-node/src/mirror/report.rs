@@ -101,7 +101,7 @@ fn set_conditions(conditions: &mut Vec<Condition>, health: Health, status: &Stat
 fn set_scrubbed(object: &mut MirrorVolumeStatus, open: &OpenVolume, status: &Status) {
     if let Some((same, reason, message)) = open.scrubbed(&status.scrub) {
         set(&mut object.conditions, "Scrubbed", same, reason, message);
-        object.mismatched_blocks = status.scrub.mismatched - status.scrub.repaired.min(status.scrub.mismatched);
+        object.mismatched_blocks = status.scrub.differing();
     }
 }
 

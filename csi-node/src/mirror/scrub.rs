@@ -19,7 +19,7 @@ use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use super::OpenVolume;
-use crate::{error::Error, legs, node::Node};
+use crate::{legs, node::Node};
 
 /// The two copies are to be compared; any value. Removed when they were.
 pub const SCRUB_ANNOTATION: &str = "lockstep.io/scrub";
@@ -117,7 +117,7 @@ fn said(scrub: &status::Scrub, found: &Found) -> Option<(bool, &'static str, Str
     };
     let skipped = if scrub.skipped > 0 { "; what a resync is to make equal was not judged" } else { "" };
     let percent = scrub.done * 100 / scrub.total.max(1);
-    let differ = scrub.mismatched - scrub.repaired.min(scrub.mismatched);
+    let differ = scrub.differing();
     Some(match scrub.state {
         ScrubState::Never => return None,
         ScrubState::Running => {
@@ -228,30 +228,12 @@ impl<S: Store> Node<S> {
 
     /// Takes the annotations away, unless they ask for another scrub by now.
     async fn forget_scrub(&self, id: &str, wish: &Wish) {
-        let forgotten = self.forget_annotations(id, |annotations| {
+        let forgotten = self.change_annotations(id, |annotations| {
             let same = Wish::of(Some(annotations)).as_ref() == Some(wish);
             same && [SCRUB_ANNOTATION, BELIEVE_ANNOTATION].map(|name| annotations.remove(name).is_some()).contains(&true)
         });
         if let Err(error) = forgotten.await {
             warn!(%error, "the annotation {SCRUB_ANNOTATION} could not be taken away: the copies are compared again");
-        }
-    }
-
-    /// Changes an object's annotations until nobody else writes in between. `change` says whether it changed anything.
-    pub(crate) async fn forget_annotations(
-        &self,
-        id: &str,
-        change: impl Fn(&mut std::collections::BTreeMap<String, String>) -> bool + Send,
-    ) -> Result<(), Error> {
-        loop {
-            let mut object = self.volume(id).await?;
-            if !object.metadata.annotations.as_mut().is_some_and(&change) {
-                return Ok(());
-            }
-            match self.store.update(object).await {
-                Err(lockstep_store::Error::Conflict { .. }) => {}
-                updated => return Ok(updated.map(drop)?),
-            }
         }
     }
 }

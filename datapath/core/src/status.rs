@@ -74,6 +74,11 @@ impl Scrub {
     /// There was none.
     pub const NEVER: Self =
         Self { state: ScrubState::Never, done: 0, total: 0, compared: 0, mismatched: 0, repaired: 0, unreadable: 0, skipped: 0 };
+
+    /// Blocks that differed and are as they were.
+    pub const fn differing(&self) -> u64 {
+        self.mismatched.saturating_sub(self.repaired)
+    }
 }
 
 /// A snapshot of the mirror.
