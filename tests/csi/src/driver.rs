@@ -9,7 +9,7 @@ use std::{
 };
 
 use lockstep_proto::objects::{LocalDisk, MirrorVolume};
-use lockstep_store::{Directory, Store};
+use lockstep_store::{Directory, Error, Store};
 
 use crate::{
     client::Client,
@@ -156,6 +156,19 @@ impl Driver {
     /// A volume's object.
     pub async fn volume(&self, id: &str) -> MirrorVolume {
         self.store.get(id).await.expect("the store").unwrap_or_else(|| panic!("{id} has no object"))
+    }
+
+    /// Annotates a volume's object, as `kubectl annotate` does: names without their prefix.
+    pub async fn annotate(&self, id: &str, pairs: &[(&str, &str)]) {
+        loop {
+            let mut object = self.volume(id).await;
+            let annotations = object.metadata.annotations.get_or_insert_default();
+            annotations.extend(pairs.iter().map(|(name, value)| (format!("lockstep.io/{name}"), (*value).to_owned())));
+            match self.store.update(object).await {
+                Err(Error::Conflict { .. }) => {}
+                written => return drop(written.expect("the store")),
+            }
+        }
     }
 
     /// All disks' objects.

@@ -393,11 +393,9 @@ async fn a_stale_copy_alone_is_refused() {
     assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
     assert!(refused.message().contains("stale") && refused.message().contains("bring the other leg's disk back"), "{refused}");
     // By force: what only the other copy has is given up, and that is on record.
-    use lockstep_store::Store;
-    let mut object = driver.volume(&place.id).await;
+    let object = driver.volume(&place.id).await;
     let stale = object.status.as_ref().unwrap().legs.iter().find(|leg| leg.state == LegState::Out).unwrap().leg_id.clone();
-    object.metadata.annotations.get_or_insert_default().insert("lockstep.io/force-leg".into(), stale);
-    driver.store.update(object).await.unwrap();
+    driver.annotate(&place.id, &[("force-leg", &stale)]).await;
     place.up(&driver.client).await.unwrap();
     assert!(!place.target.join("f").exists(), "it has what it missed");
     fs::write(place.target.join("g"), "after the force").unwrap();

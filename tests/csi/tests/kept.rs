@@ -124,15 +124,10 @@ async fn a_copy_from_the_past_with_a_witness_from_the_past_is_served_only_by_for
     assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
     assert!(refused.message().contains("stale") && refused.message().contains(&legs[1].leg_id), "{refused}");
 
-    let force = async |leg: &str| {
-        let mut object = driver.volume(&place.id).await;
-        object.metadata.annotations.get_or_insert_default().insert("lockstep.io/force-leg".into(), leg.into());
-        driver.store.update(object).await.unwrap();
-    };
-    force("the good one").await;
+    driver.annotate(&place.id, &[("force-leg", "the good one")]).await;
     let refused = place.up(&driver.client).await.unwrap_err();
     assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
-    force(&legs[1].leg_id).await;
+    driver.annotate(&place.id, &[("force-leg", &legs[1].leg_id)]).await;
     place.up(&driver.client).await.unwrap();
     assert_eq!(read(&place), "old");
     let annotations = driver.volume(&place.id).await.metadata.annotations.unwrap_or_default();

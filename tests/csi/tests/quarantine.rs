@@ -9,7 +9,6 @@ use lockstep_csi_tests::{
     lab::{Lab, identical, text},
 };
 use lockstep_native::run;
-use lockstep_store::{Error, Store};
 use tokio::task::JoinHandle;
 use tonic::{Code, Status};
 
@@ -90,14 +89,7 @@ async fn a_volume_whose_assembly_took_csi_node_with_it_three_times_is_refused_un
     neighbour.up(&driver.client).await.unwrap();
     neighbour.down(&driver.client).await.unwrap();
 
-    loop {
-        let mut object = driver.volume(&place.id).await;
-        object.metadata.annotations.get_or_insert_default().insert("lockstep.io/lift-quarantine".into(), "now".into());
-        match driver.store.update(object).await {
-            Err(Error::Conflict { .. }) => {}
-            written => break drop(written.unwrap()),
-        }
-    }
+    driver.annotate(&place.id, &[("lift-quarantine", "now")]).await;
     place.up(&driver.client).await.unwrap();
     assert_eq!(count(&lab, &driver, &place).await, None);
     assert!(driver.volume(&place.id).await.metadata.annotations.is_none_or(|annotations| annotations.is_empty()));

@@ -16,22 +16,9 @@ use lockstep_csi_tests::{
 };
 use lockstep_native::run;
 use lockstep_proto::objects::MirrorVolume;
-use lockstep_store::{Error, Store};
 
 const MIB: u64 = 1 << 20;
 const ROTTEN: u64 = 17;
-
-async fn annotate(driver: &Driver, id: &str, pairs: &[(&str, &str)]) {
-    loop {
-        let mut object = driver.volume(id).await;
-        let annotations = object.metadata.annotations.get_or_insert_default();
-        annotations.extend(pairs.iter().map(|(name, value)| (format!("lockstep.io/{name}"), (*value).to_owned())));
-        match driver.store.update(object).await {
-            Err(Error::Conflict { .. }) => {}
-            written => return drop(written.unwrap()),
-        }
-    }
-}
 
 /// Waits until the annotations are gone; what the condition says then.
 async fn scrubbed(driver: &Driver, id: &str) -> (MirrorVolume, String, String) {
@@ -77,7 +64,7 @@ async fn a_byte_that_rots_in_one_copy_is_named_under_load_and_repaired_from_the_
     let mut under_load = load::on_device(&place.target, 40);
     tokio::time::sleep(Duration::from_secs(1)).await;
     let asked = Instant::now();
-    annotate(&driver, &place.id, &[("scrub", "1")]).await;
+    driver.annotate(&place.id, &[("scrub", "1")]).await;
     let (volume, reason, message) = scrubbed(&driver, &place.id).await;
     assert_eq!(reason, "ScrubMismatch", "{message}");
     assert!(message.contains("1 blocks of 4096 bytes differ between the copies: [17, 18)."), "{message}");
@@ -88,7 +75,7 @@ async fn a_byte_that_rots_in_one_copy_is_named_under_load_and_repaired_from_the_
     let log = fs::read_to_string(driver.node_log()).unwrap();
     assert!(log.contains("ScrubMismatch") && log.contains("Mismatch { range: [17, 18) }"), "{log}");
 
-    annotate(&driver, &place.id, &[("scrub", "2"), ("scrub-repair-from", "no-such-disk")]).await;
+    driver.annotate(&place.id, &[("scrub", "2"), ("scrub-repair-from", "no-such-disk")]).await;
     let (_, reason, message) = scrubbed(&driver, &place.id).await;
     assert!(reason == "ScrubRefused" && message.contains("no-such-disk"), "{message}");
     assert_eq!(byte(&copies[0]), !good);
@@ -96,7 +83,7 @@ async fn a_byte_that_rots_in_one_copy_is_named_under_load_and_repaired_from_the_
     // Asked for while the volume is not staged: when it is.
     place.down(&driver.client).await.unwrap();
     let right = driver.volume(&place.id).await.status.unwrap().legs[1].disk.clone();
-    annotate(&driver, &place.id, &[("scrub", "3"), ("scrub-repair-from", &right)]).await;
+    driver.annotate(&place.id, &[("scrub", "3"), ("scrub-repair-from", &right)]).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(byte(&copies[0]), !good);
     place.up(&driver.client).await.unwrap();
@@ -105,7 +92,7 @@ async fn a_byte_that_rots_in_one_copy_is_named_under_load_and_repaired_from_the_
     assert_eq!(volume.status.unwrap().mismatched_blocks, 0);
     assert_eq!([byte(&copies[0]), byte(&copies[1])], [good, good]);
 
-    annotate(&driver, &place.id, &[("scrub", "4")]).await;
+    driver.annotate(&place.id, &[("scrub", "4")]).await;
     let (_, reason, message) = scrubbed(&driver, &place.id).await;
     assert!(reason == "ScrubCompleted" && message.contains("512 MiB"), "{reason}: {message}");
     place.down(&driver.client).await.unwrap();
