@@ -285,7 +285,9 @@ fn main() {
     println!("\nOperations a second, {how}; {MIB} MiB on 2 disks\n{}", table(&workloads, &results));
     let (bytes, operations) = LIMITS;
     let limits = format!("each disk limited to {} MiB/s and {operations} operations/s, reads and writes apart", bytes >> 20);
-    if limited.is_empty() {
+    if !LIMITED.iter().any(|workload| plan.wants(workload)) {
+        // Nobody asked.
+    } else if limited.is_empty() {
         println!("\nSKIPPED: {limits}: this kernel has no blkio throttling");
     } else {
         println!("\nThe same, {limits}\n{}", table(&LIMITED, &limited));
