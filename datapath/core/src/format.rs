@@ -52,11 +52,11 @@ pub const WITNESS_LEN: u64 = 8192;
 /// Blocks in a region, the unit of the write-intent bitmap: 16 MiB.
 pub const REGION_BLOCKS: u64 = (16 << 20) / BLOCK_SIZE;
 /// Regions in one bitmap page.
-pub const PAGE_REGIONS: u64 = (4096 - BITMAP_HEADER as u64) * 8;
+pub const PAGE_REGIONS: u64 = (4096 - PAGE_HEADER as u64) * 8;
 /// The largest volume that a `meta` has bitmap pages for.
 pub const MAX_BLOCKS: u64 = (META_LEN - BITMAP_AT) / 8192 * PAGE_REGIONS * REGION_BLOCKS;
 /// The most runs that a bad-block list holds.
-pub const MAX_BAD_RUNS: usize = (4096 - BAD_BLOCKS_HEADER) / 16;
+pub const MAX_BAD_RUNS: usize = (4096 - PAGE_HEADER) / 16;
 /// Incompatible feature, reserved: per-block checksums beside `data`.
 pub const INCOMPAT_CHECKSUMS: u32 = 1;
 /// Flag: an operator once forced this volume to be assembled.
@@ -66,9 +66,9 @@ const VERSION: u32 = 1;
 const SUPERBLOCK_MAGIC: [u8; 8] = *b"LOCKSTEP";
 const WITNESS_MAGIC: [u8; 8] = *b"LOCKWITN";
 const BAD_BLOCKS_AT: u64 = 32768;
-const BAD_BLOCKS_HEADER: usize = 32;
 const BITMAP_AT: u64 = 65536;
-const BITMAP_HEADER: usize = 32;
+/// Of a page that is no superblock.
+const PAGE_HEADER: usize = 32;
 static CRC: crc::Crc<u32, crc::Table<16>> = crc::Crc::<u32, crc::Table<16>>::new(&crc::CRC_32_ISCSI);
 
 /// How many regions a volume has.
@@ -287,16 +287,29 @@ fn is_blank(page: &[u8]) -> bool {
     page.iter().all(|byte| *byte == 0)
 }
 
-/// The page with these bits (at most `PAGE_REGIONS / 8` bytes).
-pub fn encode_bitmap(volume: VolumeId, sequence: u64, bits: &[u8]) -> Page {
+/// A page that is no superblock: `crc u32, count u32, sequence u64, volume[16]`, then what `body` puts.
+fn encode_page(volume: VolumeId, sequence: u64, count: u32, body: impl FnOnce(&mut Writer<'_>)) -> Page {
     let mut page = Box::new([0; 4096]);
-    let mut w = Writer(page.as_mut_slice(), 8);
+    let mut w = Writer(page.as_mut_slice(), 4);
+    w.u32(count);
     w.u64(sequence);
     w.put(&volume.0);
-    w.put(bits);
+    body(&mut w);
     let crc = checksum(page.as_slice(), 0);
     page[..4].copy_from_slice(&crc.to_le_bytes());
     page
+}
+
+/// Its count and sequence, and what follows them. `None`: it is damaged, or of another volume, or was never written.
+fn decode_page(page: &[u8], volume: VolumeId) -> Option<(u32, u64, Reader<'_>)> {
+    let mut r = Reader(page, 0);
+    let (crc, count, sequence, id) = (r.u32(), r.u32(), r.u64(), VolumeId(r.take()));
+    (crc == checksum(page, 0) && id == volume && sequence > 0).then_some((count, sequence, r))
+}
+
+/// The page with these bits (at most `PAGE_REGIONS / 8` bytes).
+pub fn encode_bitmap(volume: VolumeId, sequence: u64, bits: &[u8]) -> Page {
+    encode_page(volume, sequence, 0, |w| w.put(bits))
 }
 
 /// One valid bitmap page as it was found.
@@ -320,14 +333,8 @@ pub fn bitmap_page(meta: &[u8], volume: VolumeId, page: u64) -> Option<BitmapPag
     };
     let slot = |n: u8| {
         let bytes = bytes(n)?;
-        let mut r = Reader(bytes, 0);
-        let (crc, _, sequence, id) = (r.u32(), r.u32(), r.u64(), VolumeId(r.take()));
-        (crc == checksum(bytes, 0) && id == volume && sequence > 0).then(|| BitmapPage {
-            sequence,
-            slot: n,
-            doubtful: false,
-            bits: bytes[BITMAP_HEADER..].to_vec(),
-        })
+        let (_, sequence, rest) = decode_page(bytes, volume)?;
+        Some(BitmapPage { sequence, slot: n, doubtful: false, bits: bytes[rest.1..].to_vec() })
     };
     match (slot(0), slot(1)) {
         (Some(a), Some(b)) => Some(if b.sequence > a.sequence { b } else { a }),
@@ -342,18 +349,12 @@ pub fn bitmap_page(meta: &[u8], volume: VolumeId, page: u64) -> Option<BitmapPag
 /// The page with this bad-block list: `runs` as the head of this file says, at most `MAX_BAD_RUNS`.
 pub fn encode_bad_blocks(volume: VolumeId, sequence: u64, runs: &[BlockRange]) -> Page {
     debug_assert!(runs.len() <= MAX_BAD_RUNS && sequence > 0);
-    let mut page = Box::new([0; 4096]);
-    let mut w = Writer(page.as_mut_slice(), 4);
-    w.u32(runs.len() as u32);
-    w.u64(sequence);
-    w.put(&volume.0);
-    for run in runs {
-        w.u64(run.start);
-        w.u64(run.len());
-    }
-    let crc = checksum(page.as_slice(), 0);
-    page[..4].copy_from_slice(&crc.to_le_bytes());
-    page
+    encode_page(volume, sequence, runs.len() as u32, |w| {
+        for run in runs {
+            w.u64(run.start);
+            w.u64(run.len());
+        }
+    })
 }
 
 /// A bad-block list as it was found.
@@ -385,9 +386,9 @@ pub fn bad_blocks(meta: &[u8], volume: VolumeId, blocks: u64) -> Option<BadBlock
 }
 
 fn decode_bad_blocks(page: &[u8], volume: VolumeId, blocks: u64) -> Option<(u64, Vec<BlockRange>)> {
-    let mut r = Reader(page, 0);
-    let (crc, count, sequence, id) = (r.u32(), r.u32() as usize, r.u64(), VolumeId(r.take()));
-    if crc != checksum(page, 0) || id != volume || sequence == 0 || count > MAX_BAD_RUNS {
+    let (count, sequence, mut r) = decode_page(page, volume)?;
+    let count = count as usize;
+    if count > MAX_BAD_RUNS {
         return None;
     }
     let mut runs: Vec<BlockRange> = Vec::with_capacity(count);
