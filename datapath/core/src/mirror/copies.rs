@@ -3,7 +3,8 @@
 //! ```text
 //! Queued -> Bits -> (Held) -> Buffer -> Seek -> Zero -> Read -> Write -> (Verify) -> next piece or (Listing) -> end
 //! ```
-//! Bad blocks (`bad_blocks.rs`) are passed over by every copy: no leg holds them. A buffer is taken last, so that whoever holds one only waits for leg I/O.
+//! Bad blocks (`bad_blocks.rs`) are passed over by every copy: no leg holds them. A buffer is taken last, so that whoever holds one only waits
+//! for leg I/O.
 
 use super::{Ended, Mirror, Purpose, State};
 use crate::{

@@ -81,32 +81,36 @@ impl Mirror {
     }
 
     pub(super) fn submit_scrub(&mut self, tag: Tag, believed: Option<Slot>, out: &mut Effects) {
-        let refused = match () {
-            () if self.scrubbing.is_some() => Errno::EBUSY,
-            () if self.read_only.is_some() => Errno::EIO,
-            () if !self.may_scrub() => Errno::ENODEV,
-            () => {
-                let none = BlockRange::new(0, 0);
-                self.scrub = Scrub { state: ScrubState::Running, total: self.blocks, ..Scrub::NEVER };
-                self.scrubbing = Some(Scrubbing {
-                    tag,
-                    believed,
-                    step: Step::Idle,
-                    id: 0,
-                    pos: 0,
-                    data_end: 0,
-                    found: None,
-                    piece: none,
-                    part: none,
-                    buffer: None,
-                    failed: [false; 2],
-                    reported: 0,
-                    resume_at: None,
-                });
-                return out.push(Effect::Notice(Notice::ScrubStarted));
-            }
+        let refused = if self.scrubbing.is_some() {
+            Some(Errno::EBUSY)
+        } else if self.read_only.is_some() {
+            Some(Errno::EIO)
+        } else if !self.may_scrub() {
+            Some(Errno::ENODEV)
+        } else {
+            None
         };
-        Self::answer(tag, Err(refused), out);
+        if let Some(errno) = refused {
+            return Self::answer(tag, Err(errno), out);
+        }
+        let none = BlockRange::new(0, 0);
+        self.scrub = Scrub { state: ScrubState::Running, total: self.blocks, ..Scrub::NEVER };
+        self.scrubbing = Some(Scrubbing {
+            tag,
+            believed,
+            step: Step::Idle,
+            id: 0,
+            pos: 0,
+            data_end: 0,
+            found: None,
+            piece: none,
+            part: none,
+            buffer: None,
+            failed: [false; 2],
+            reported: 0,
+            resume_at: None,
+        });
+        out.push(Effect::Notice(Notice::ScrubStarted));
     }
 
     pub(super) fn stop_scrub(&mut self, tag: Tag, out: &mut Effects) {
@@ -161,11 +165,10 @@ impl Mirror {
                 continue;
             }
             let valid = self.bad_blocks.valid(rest);
-            if valid.is_empty() || valid.start > rest.start {
+            if valid.start > rest.start {
                 // No leg holds what is listed as bad.
-                let next = if valid.is_empty() { rest.end } else { valid.start };
-                self.scrub.skipped += next - rest.start;
-                scrubbing.pos = next;
+                self.scrub.skipped += valid.start - rest.start;
+                scrubbing.pos = valid.start;
                 continue;
             }
             if scrubbing.data_end > scrubbing.pos {
