@@ -323,8 +323,8 @@ fn bad_blocks(volume: VolumeId, blocks: u64, metas: &[(Slot, &[u8])], legs: &[Le
     for (slot, meta) in metas {
         let page = format::bad_blocks(meta, volume, blocks);
         if let Some(page) = &page {
-            list.slot[slot.index()] = page.slot;
-            list.sequence = list.sequence.max(page.sequence);
+            list.page.slot[slot.index()] = page.slot;
+            list.page.sequence = list.page.sequence.max(page.sequence);
         }
         if legs[slot.index()].state == State::In {
             page.iter().for_each(|page| list.join(&page.runs));
@@ -332,6 +332,6 @@ fn bad_blocks(volume: VolumeId, blocks: u64, metas: &[(Slot, &[u8])], legs: &[Le
         }
     }
     // Written once more where a leg says something else.
-    list.changed = found.iter().any(|page| page.as_ref().is_none_or(|page| page.runs != list.runs()));
+    list.page.changed = found.iter().any(|page| page.as_ref().is_none_or(|page| page.runs != list.runs()));
     (list, found.iter().any(Option::is_some))
 }

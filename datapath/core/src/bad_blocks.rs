@@ -22,7 +22,7 @@
 
 use alloc::vec::Vec;
 
-use crate::{format::MAX_BAD_RUNS, units::BlockRange};
+use crate::{format::MAX_BAD_RUNS, page::Page, units::BlockRange};
 
 /// Blocks as runs that rise and do not touch.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -61,7 +61,7 @@ impl Runs {
     }
 }
 
-/// The list and what is under way of it. Its page is written as a bitmap page is: one write at a time.
+/// The list and what is under way of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct BadBlocks {
     runs: Runs,
@@ -69,16 +69,8 @@ pub struct BadBlocks {
     version: u64,
     /// The newest change that is durable on every leg that had to have it.
     durable: u64,
-    /// What the write in flight holds.
-    pub in_flight: Option<u64>,
-    /// By leg: whether the write in flight is still to be reported.
-    pub waiting: [bool; 2],
-    /// Something is to be written.
-    pub changed: bool,
-    /// Of the newest write.
-    pub sequence: u64,
-    /// By leg: which slot its newest valid list is in; the next write goes to the other.
-    pub slot: [u8; 2],
+    /// Where it is on disk; the write in flight brings this version.
+    pub page: Page<u64>,
 }
 
 impl BadBlocks {
@@ -107,7 +99,7 @@ impl BadBlocks {
         }
         self.runs = runs;
         self.version += 1;
-        self.changed = true;
+        self.page.changed = true;
         Some(self.version)
     }
 
@@ -135,24 +127,17 @@ impl BadBlocks {
 
     /// Its page is written now.
     pub fn issued(&mut self) {
-        self.changed = false;
-        self.sequence += 1;
-        self.in_flight = Some(self.version);
+        self.page.issued(self.version);
     }
 
     /// The write in flight is durable wherever it must be.
     pub fn landed(&mut self) {
-        self.durable = self.in_flight.take().unwrap_or(self.durable);
+        self.durable = self.page.in_flight.take().unwrap_or(self.durable);
     }
 
     /// Whether this change, or a later one, is durable.
     pub fn is_durable(&self, version: u64) -> bool {
         self.durable >= version
-    }
-
-    /// Whether nothing is under way or to be written.
-    pub fn is_idle(&self) -> bool {
-        self.in_flight.is_none() && !self.changed
     }
 }
 
@@ -201,7 +186,7 @@ mod tests {
         let mut more = Runs::default();
         more.insert(range(9005, 9006));
         assert_eq!((bad.insert(&more), bad.remove(range(1, 2))), (None, None));
-        assert!(!bad.overlaps(range(9005, 9006)) && bad.overlaps(range(1, 2)) && bad.is_idle());
+        assert!(!bad.overlaps(range(9005, 9006)) && bad.overlaps(range(1, 2)) && bad.page.is_idle());
         assert!(bad.remove(range(0, 1)).is_some() && bad.remove(range(11, 20)).is_some() && bad.remove(range(20, 30)).is_some());
         assert!(bad.insert(&more).is_some());
         assert_eq!(bad.runs().len(), MAX_BAD_RUNS);
@@ -216,9 +201,9 @@ mod tests {
         bad.issued();
         let second = bad.remove(range(3, 4)).unwrap();
         bad.landed();
-        assert_eq!(vec![bad.is_durable(first), bad.is_durable(second), bad.is_idle()], [true, false, false]);
+        assert_eq!(vec![bad.is_durable(first), bad.is_durable(second), bad.page.is_idle()], [true, false, false]);
         bad.issued();
         bad.landed();
-        assert!(bad.is_durable(second) && bad.is_idle());
+        assert!(bad.is_durable(second) && bad.page.is_idle());
     }
 }

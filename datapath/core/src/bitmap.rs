@@ -12,6 +12,7 @@ use alloc::{vec, vec::Vec};
 
 use crate::{
     format::{PAGE_REGIONS, REGION_BLOCKS, bitmap_pages, regions},
+    page::Page,
     units::BlockRange,
 };
 
@@ -32,28 +33,13 @@ pub struct Region {
     pub unsynced: bool,
 }
 
-/// One page on disk.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Page {
-    /// Of its newest write.
-    pub sequence: u64,
-    /// By leg: which slot its newest valid copy is in; the next write goes to the other.
-    pub slot: [u8; 2],
-    /// The bits of the write in flight.
-    pub in_flight: Option<Vec<u8>>,
-    /// By leg: whether the write in flight is still to be reported.
-    pub waiting: [bool; 2],
-    /// Something changed since the last write was issued.
-    pub changed: bool,
-}
-
 /// The bitmap of one mirror.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Bitmap {
     /// By number.
     pub regions: Vec<Region>,
-    /// By number.
-    pub pages: Vec<Page>,
+    /// By number, each with the bits that its write in flight brings.
+    pub pages: Vec<Page<Vec<u8>>>,
     /// `false`: no region is unsynced. Spares every event a look at every region.
     pub maybe_unsynced: bool,
 }

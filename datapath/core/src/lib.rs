@@ -21,6 +21,7 @@ pub mod format;
 pub mod io;
 pub mod membership;
 mod mirror;
+mod page;
 mod range_lock;
 pub mod status;
 pub mod units;

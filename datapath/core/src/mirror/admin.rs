@@ -49,12 +49,8 @@ impl Mirror {
         (leg.repairs, leg.superblock_slot) = (0, 0);
         // Newer than anything that an absent leg may have been given.
         self.sequence += 1000;
-        for page in &mut self.bitmap.pages {
-            page.sequence += 1000;
-            page.slot[slot.index()] = 0;
-        }
-        self.bad_blocks.sequence += 1000;
-        self.bad_blocks.slot[slot.index()] = 0;
+        self.bitmap.pages.iter_mut().for_each(|page| page.forget(slot));
+        self.bad_blocks.page.forget(slot);
         self.attach = Some((tag, slot, fill));
         self.draining = true;
     }

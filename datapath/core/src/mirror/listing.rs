@@ -2,10 +2,10 @@
 
 use alloc::vec::Vec;
 
-use super::{Ended, Mirror, Purpose, State, copies, flushes::Waiter, writes::Stage};
+use super::{Ended, Mirror, Purpose, copies, flushes::Waiter, writes::Stage};
 use crate::{
     format::{bad_blocks_offset, encode_bad_blocks},
-    io::{Effects, LegOp},
+    io::Effects,
     range_lock::EntryId,
     units::{Errno, Slot},
 };
@@ -13,39 +13,25 @@ use crate::{
 impl Mirror {
     /// Writes the list, if it changed and no write of it is in flight.
     pub(super) fn pump_list(&mut self, out: &mut Effects) {
-        if !self.bad_blocks.changed || self.bad_blocks.in_flight.is_some() {
+        if !self.bad_blocks.page.is_due() {
             return;
         }
         self.bad_blocks.issued();
-        let page = encode_bad_blocks(self.volume, self.bad_blocks.sequence, self.bad_blocks.runs());
-        for slot in Slot::BOTH {
-            // A leg on its way out is waited for until it is out: the durable record still counts it.
-            self.bad_blocks.waiting[slot.index()] =
-                matches!(self.legs[slot.index()].state, State::In | State::Leaving | State::Recovering(_));
-            if self.legs[slot.index()].takes_writes() {
-                let offset = bad_blocks_offset(1 - self.bad_blocks.slot[slot.index()]);
-                self.issue(slot, Purpose::BadBlocks, LegOp::WriteMeta { offset, page: page.clone() }, out);
-            }
-        }
+        let bytes = encode_bad_blocks(self.volume, self.bad_blocks.page.sequence, self.bad_blocks.runs());
+        let slots = self.bad_blocks.page.slot;
+        let offset = |slot: Slot| bad_blocks_offset(1 - slots[slot.index()]);
+        self.bad_blocks.page.waiting = self.write_page(Purpose::BadBlocks, offset, &bytes, out);
     }
 
     pub(super) fn list_done(&mut self, slot: Slot, ended: Ended, out: &mut Effects) {
-        let list = &mut self.bad_blocks;
-        if list.in_flight.is_none() || !list.waiting[slot.index()] {
+        if !self.bad_blocks.page.awaits(slot) {
             return;
         }
         match ended {
-            Ok(_) => {
-                list.slot[slot.index()] = 1 - list.slot[slot.index()];
-                list.waiting[slot.index()] = false;
-            }
+            Ok(_) => self.bad_blocks.page.written(slot),
             Err(errno) => {
-                self.fail_leg(slot, errno, out);
-                match self.legs[slot.index()].state {
-                    State::Leaving => {} // until it is durably OUT
-                    State::In => return self.fail_mirror(errno, out),
-                    _ => self.bad_blocks.waiting[slot.index()] = false,
-                }
+                let Some(waits) = self.page_failed(slot, errno, out) else { return };
+                self.bad_blocks.page.waiting[slot.index()] = waits;
             }
         }
         self.list_landed(out);
@@ -53,13 +39,13 @@ impl Mirror {
 
     /// A leg is durably OUT: the list does not wait for it.
     pub(super) fn list_without(&mut self, slot: Slot, out: &mut Effects) {
-        if core::mem::take(&mut self.bad_blocks.waiting[slot.index()]) {
+        if core::mem::take(&mut self.bad_blocks.page.waiting[slot.index()]) {
             self.list_landed(out);
         }
     }
 
     fn list_landed(&mut self, out: &mut Effects) {
-        if self.bad_blocks.waiting != [false; 2] {
+        if self.bad_blocks.page.waiting != [false; 2] {
             return;
         }
         self.bad_blocks.landed();
@@ -78,7 +64,7 @@ impl Mirror {
 
     /// Whether the list will not become durable before a leg is OUT, or never.
     pub(super) fn list_is_stuck(&self) -> bool {
-        let gone = |slot: Slot| self.bad_blocks.waiting[slot.index()] && !self.legs[slot.index()].takes_writes();
+        let gone = |slot: Slot| self.bad_blocks.page.waiting[slot.index()] && !self.legs[slot.index()].takes_writes();
         self.read_only.is_some() || Slot::BOTH.into_iter().any(gone)
     }
 

@@ -6,9 +6,10 @@ use super::{Ended, Mirror, Purpose, State, copies, flushes::Waiter, writes};
 use crate::{
     bitmap::Bitmap,
     format::{bitmap_offset, encode_bitmap},
-    io::{Effects, LegOp},
+    io::{self, Effects, LegOp},
+    page::Page,
     range_lock::EntryId,
-    units::Slot,
+    units::{Errno, Slot},
 };
 
 /// A region is cleaned when it was not written for this long, up to twice that.
@@ -21,45 +22,52 @@ impl Mirror {
             return;
         }
         for page in 0..self.bitmap.pages.len() {
-            if !self.bitmap.pages[page].changed || self.bitmap.pages[page].in_flight.is_some() {
+            if !self.bitmap.pages[page].is_due() {
                 continue;
             }
             let bits = self.bitmap.bits(page);
             let state = &mut self.bitmap.pages[page];
-            state.changed = false;
-            state.sequence += 1;
-            let bytes = encode_bitmap(self.volume, state.sequence, &bits);
-            state.in_flight = Some(bits);
-            for slot in Slot::BOTH {
-                let state = &mut self.bitmap.pages[page];
-                // A leg on its way out is waited for until it is out: the bit must be on every leg that the durable record counts.
-                state.waiting[slot.index()] = matches!(self.legs[slot.index()].state, State::In | State::Leaving | State::Recovering(_));
-                if self.legs[slot.index()].takes_writes() {
-                    let offset = bitmap_offset(page as u64, 1 - state.slot[slot.index()]);
-                    self.issue(slot, Purpose::Page(page), LegOp::WriteMeta { offset, page: bytes.clone() }, out);
-                }
-            }
+            state.issued(bits.clone());
+            let (bytes, slots) = (encode_bitmap(self.volume, state.sequence, &bits), state.slot);
+            let offset = |slot: Slot| bitmap_offset(page as u64, 1 - slots[slot.index()]);
+            self.bitmap.pages[page].waiting = self.write_page(Purpose::Page(page), offset, &bytes, out);
         }
         self.pump_list(out);
     }
 
+    /// Writes a page to the legs, to each at its offset; which of them have to report it.
+    pub(super) fn write_page(&mut self, purpose: Purpose, offset: impl Fn(Slot) -> u64, page: &io::Page, out: &mut Effects) -> [bool; 2] {
+        Slot::BOTH.map(|slot| {
+            if self.legs[slot.index()].takes_writes() {
+                self.issue(slot, purpose, LegOp::WriteMeta { offset: offset(slot), page: page.clone() }, out);
+            }
+            // A leg on its way out is waited for until it is out: the page must be on every leg that the durable record counts.
+            matches!(self.legs[slot.index()].state, State::In | State::Leaving | State::Recovering(_))
+        })
+    }
+
+    /// A page could not be written to a leg. Whether that leg is still to report it, by being durably OUT; `None`: the mirror gave up.
+    pub(super) fn page_failed(&mut self, slot: Slot, errno: Errno, out: &mut Effects) -> Option<bool> {
+        self.fail_leg(slot, errno, out);
+        match self.legs[slot.index()].state {
+            State::Leaving => Some(true),
+            State::In => {
+                self.fail_mirror(errno, out);
+                None
+            }
+            _ => Some(false),
+        }
+    }
+
     pub(super) fn page_done(&mut self, page: usize, slot: Slot, ended: Ended, out: &mut Effects) {
-        let state = &mut self.bitmap.pages[page];
-        if state.in_flight.is_none() || !state.waiting[slot.index()] {
+        if !self.bitmap.pages[page].awaits(slot) {
             return;
         }
         match ended {
-            Ok(_) => {
-                state.slot[slot.index()] = 1 - state.slot[slot.index()];
-                state.waiting[slot.index()] = false;
-            }
+            Ok(_) => self.bitmap.pages[page].written(slot),
             Err(errno) => {
-                self.fail_leg(slot, errno, out);
-                match self.legs[slot.index()].state {
-                    State::Leaving => {} // until it is durably OUT
-                    State::In => return self.fail_mirror(errno, out),
-                    _ => self.bitmap.pages[page].waiting[slot.index()] = false,
-                }
+                let Some(waits) = self.page_failed(slot, errno, out) else { return };
+                self.bitmap.pages[page].waiting[slot.index()] = waits;
             }
         }
         self.page_landed(page, out);
@@ -68,8 +76,7 @@ impl Mirror {
     /// A leg is durably OUT: no page waits for it.
     pub(super) fn pages_without(&mut self, slot: Slot, out: &mut Effects) {
         for page in 0..self.bitmap.pages.len() {
-            if self.bitmap.pages[page].waiting[slot.index()] {
-                self.bitmap.pages[page].waiting[slot.index()] = false;
+            if core::mem::take(&mut self.bitmap.pages[page].waiting[slot.index()]) {
                 self.page_landed(page, out);
             }
         }
@@ -92,7 +99,7 @@ impl Mirror {
     }
 
     pub(super) fn pages_idle(&self) -> bool {
-        self.bitmap.pages.iter().all(|page| page.in_flight.is_none() && !page.changed) && self.bad_blocks.is_idle()
+        self.bitmap.pages.iter().all(Page::is_idle) && self.bad_blocks.page.is_idle()
     }
 
     pub(super) fn arm_clean(&mut self) {

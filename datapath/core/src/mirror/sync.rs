@@ -237,7 +237,7 @@ impl Mirror {
             for page in &mut self.bitmap.pages {
                 page.changed = true;
             }
-            self.bad_blocks.changed = true;
+            self.bad_blocks.page.changed = true;
         }
     }
 

@@ -1,0 +1,56 @@
+//! A page of metadata that every leg that counts holds, written in place, in turn to two slots (mirror rule 20).
+//!
+//! One write of it is in flight at a time; what changes meanwhile goes with the next one.
+
+use crate::units::Slot;
+
+/// What is known of one page. `T`: what the write in flight brings.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Page<T> {
+    /// Of its newest write.
+    pub sequence: u64,
+    /// By leg: which slot its newest valid copy is in; the next write goes to the other.
+    pub slot: [u8; 2],
+    /// The write in flight.
+    pub in_flight: Option<T>,
+    /// By leg: whether the write in flight is still to be reported.
+    pub waiting: [bool; 2],
+    /// Something changed since the last write was issued.
+    pub changed: bool,
+}
+
+impl<T> Page<T> {
+    /// Whether it is to be written now.
+    pub fn is_due(&self) -> bool {
+        self.changed && self.in_flight.is_none()
+    }
+
+    /// Whether nothing is under way or to be written.
+    pub fn is_idle(&self) -> bool {
+        self.in_flight.is_none() && !self.changed
+    }
+
+    /// Its write is issued.
+    pub fn issued(&mut self, content: T) {
+        self.changed = false;
+        self.sequence += 1;
+        self.in_flight = Some(content);
+    }
+
+    /// Whether this leg is still to report the write in flight.
+    pub fn awaits(&self, slot: Slot) -> bool {
+        self.in_flight.is_some() && self.waiting[slot.index()]
+    }
+
+    /// This leg has it.
+    pub fn written(&mut self, slot: Slot) {
+        self.slot[slot.index()] = 1 - self.slot[slot.index()];
+        self.waiting[slot.index()] = false;
+    }
+
+    /// A leg that was empty, or away, holds none of it: what it is given is newer than anything that it may hold.
+    pub fn forget(&mut self, slot: Slot) {
+        self.sequence += 1000;
+        self.slot[slot.index()] = 0;
+    }
+}
