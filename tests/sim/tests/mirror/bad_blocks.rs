@@ -2,6 +2,8 @@
 //!
 //! That a stale or empty block is never read in place of a lost one is the world's own oracle of every read.
 
+use std::collections::BTreeSet;
+
 use lockstep_core::{
     assembly::Refusal,
     format::{self, MAX_BAD_RUNS},
@@ -12,7 +14,7 @@ use lockstep_core::{
 };
 use lockstep_sim::World;
 
-use crate::{in_flight_on, range, run_dry, warm, writes_in_flight};
+use crate::{in_flight_on, miss_and_return, range, run_dry, warm, writes_in_flight};
 
 /// B is away, and A cannot read block 3, which was written meanwhile. B comes back: as it was, or blank.
 fn rebuilding(seed: u64, blank: bool) -> World {
@@ -288,6 +290,36 @@ fn rule_22_one_read_error_or_one_that_says_nothing_of_the_medium_makes_no_block_
 }
 
 #[test]
+fn rule_22_each_block_is_read_twice_before_it_counts_as_unreadable() {
+    let mut world = warm(3);
+    world.write(range(0, 8));
+    world.settle();
+    miss_and_return(&mut world);
+    // The search for data and the first read of every block fail.
+    let mut failed = BTreeSet::new();
+    while !world.healthy() {
+        let source = in_flight_on(&world, Slot::A, |op| match op {
+            LegOp::NextData { .. } => true,
+            LegOp::Read { range, .. } => !failed.contains(&range.start),
+            _ => false,
+        });
+        match source {
+            Some(io) => {
+                if let Some((_, _, LegOp::Read { range, .. })) = world.in_flight().into_iter().find(|(other, ..)| *other == io) {
+                    failed.extend(range.start..range.end);
+                }
+                world.end(io, Outcome::Failed(Errno::EIO));
+            }
+            None => assert!(world.step(), "the rebuild has stopped"),
+        }
+    }
+    assert!((0..8).all(|block| failed.contains(&block)));
+    assert_eq!(world.mirror.status().bad_blocks, 0);
+    world.settle();
+    world.assert_identical();
+}
+
+#[test]
 fn rule_22_a_list_that_is_full_stops_the_rebuild_until_there_is_room() {
     let mut world = rebuilding(5, true);
     world.disks[1].dead = true;
@@ -415,5 +447,23 @@ fn rule_22_a_stop_waits_for_the_list_and_a_leg_that_hangs_takes_no_write_with_it
         world.settle();
         assert_eq!((world.answers[&write], world.answers[&stop]), (Ok(()), Ok(())));
         assert!(world.disks[0].bad_blocks().is_empty());
+    }
+}
+
+#[test]
+fn rule_22_no_leg_becomes_in_while_the_list_is_on_its_way_to_either() {
+    for seed in 0..40 {
+        let mut world = rebuilding(seed, seed % 4 < 2);
+        let slot = Slot::BOTH[seed as usize % 2];
+        let list = |op: &LegOp| matches!(op, LegOp::WriteMeta { offset, .. } if (32768..40960).contains(offset));
+        while world.step() {
+            if let Some(io) = in_flight_on(&world, slot, list) {
+                world.stuck.insert(io);
+            }
+        }
+        assert!(!world.stuck.is_empty() && !world.healthy(), "IN without the list");
+        world.stuck.clear();
+        world.settle();
+        assert!(world.healthy());
     }
 }

@@ -13,7 +13,8 @@ mod scrub;
 
 use lockstep_core::{
     io::LegOp,
-    units::{BlockRange, IoId, Slot},
+    status::LegState,
+    units::{BlockRange, IoId, Slot, Tag},
 };
 use lockstep_sim::World;
 
@@ -28,6 +29,21 @@ fn warm(seed: u64) -> World {
     world.write(range(0, 1));
     while world.step() {}
     world
+}
+
+/// Leg B fails, misses a write of the first blocks, and comes back: it is being attached.
+fn miss_and_return(world: &mut World) -> Tag {
+    world.disks[1].dead = true;
+    world.write(range(0, 8));
+    world.settle();
+    world.bring_back(Slot::B).expect("it has a place")
+}
+
+/// Until it is durably RECOVERING.
+fn until_recovering(world: &mut World) {
+    while world.mirror.status().legs[1].state != LegState::Recovering {
+        assert!(world.step());
+    }
 }
 
 fn writes_in_flight(world: &World) -> usize {

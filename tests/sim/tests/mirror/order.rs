@@ -7,7 +7,7 @@ use lockstep_core::{
 };
 use lockstep_sim::BLOCKS;
 
-use crate::{in_flight_on, range, run_dry, warm, writes_in_flight};
+use crate::{in_flight_on, miss_and_return, range, run_dry, until_recovering, warm, writes_in_flight};
 
 #[test]
 fn case_01_overlapping_writes_end_equal_in_every_order_of_completion() {
@@ -82,13 +82,8 @@ fn case_43_a_range_is_held_until_a_recovering_leg_has_reported_too() {
     // In a region that is being copied, and in one that is not.
     for (seed, at) in (0..20).flat_map(|seed| [(seed, 2000), (seed, 5000)]) {
         let mut world = warm(seed);
-        world.disks[1].dead = true;
-        world.write(range(0, 8));
-        world.settle();
-        world.bring_back(Slot::B);
-        while world.mirror.status().legs[1].state != LegState::Recovering {
-            assert!(world.step());
-        }
+        miss_and_return(&mut world);
+        until_recovering(&mut world);
         let first = world.write(range(at, at + 8));
         let slow = loop {
             let theirs = |op: &LegOp| matches!(op, LegOp::Write { range, .. } if range.start == at);
@@ -142,10 +137,7 @@ fn rule_06_a_leg_fault_is_not_reissued() {
 #[test]
 fn rule_06_a_leg_that_is_being_attached_may_meet_a_host_fault() {
     let mut world = warm(4);
-    world.disks[1].dead = true;
-    world.write(range(0, 8));
-    world.settle();
-    let attach = world.bring_back(Slot::B).expect("it has a place");
+    let attach = miss_and_return(&mut world);
     let superblock = loop {
         if let Some(io) = in_flight_on(&world, Slot::B, |_| true) {
             break io;

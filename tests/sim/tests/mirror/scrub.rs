@@ -8,7 +8,7 @@ use lockstep_core::{
 };
 use lockstep_sim::{Rng, World};
 
-use crate::{in_flight_on, range, run_dry, warm};
+use crate::{in_flight_on, miss_and_return, range, run_dry, until_recovering, warm};
 
 /// Bit rot: the disk holds another content, and nobody wrote it.
 fn rot(world: &mut World, slot: Slot, block: u64) {
@@ -303,13 +303,8 @@ fn rule_27_a_leg_that_hangs_in_a_scrub_goes_out_by_its_deadline_and_the_others_m
 #[test]
 fn rule_30_scrub_stands_still_while_a_leg_is_filled_and_goes_on_when_it_is_full() {
     let mut world = written(4, &[range(0, 300)]);
-    world.disks[1].dead = true;
-    world.write(range(0, 8));
-    world.settle();
-    world.bring_back(Slot::B);
-    while world.mirror.status().legs[1].state != LegState::Recovering {
-        assert!(world.step());
-    }
+    miss_and_return(&mut world);
+    until_recovering(&mut world);
     let asked = scrub(&mut world, None);
     let busy = scrub(&mut world, None);
     assert_eq!(world.answers[&busy], Err(Errno::EBUSY));
