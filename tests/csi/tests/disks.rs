@@ -97,6 +97,8 @@ impl Doomed {
         let mut command = Command::new(program);
         command.args(["--endpoint", &format!("unix://{}", at("node.sock")), "--node-name", NODE, "--config", &at("node.yaml")]);
         command.args(["--state-dir", &at("state"), "--objects", &at("objects")]).process_group(0);
+        let system = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{}:{system}", text(&lab.path("programs"))));
         Self(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("csi-node"))
     }
 
@@ -106,7 +108,12 @@ impl Doomed {
     }
 }
 
+/// Its mkfs takes a while, so that a kill meets it on a fast machine, too.
 fn configure(lab: &Lab) {
+    let mkfs = lab.path("programs/mkfs.xfs");
+    fs::create_dir_all(lab.path("programs")).unwrap();
+    fs::write(&mkfs, "#!/bin/sh\nsleep 0.05\nPATH=${PATH#*:} mkfs.xfs \"$@\" && sleep 0.03\n").unwrap();
+    run("chmod", &["+x", text(&mkfs)]);
     fs::create_dir_all(lab.path("driver")).unwrap();
     fs::write(lab.path("driver/node.yaml"), format!("disks:\n- path: {}/*\n", text(&lab.path("disks")))).unwrap();
 }
