@@ -41,11 +41,14 @@ pub struct Limits {
     pub leg_deadline_millis: u64,
     /// Blocks of the volume that a scrub compares in a second, each on both legs; 0: as fast as the disks are.
     pub scrub_blocks_per_second: u64,
+    /// So many regions may be dirty while both legs are IN, or those of one single request if it touches more, and one that a scrub repairs (mirror rule 17). With 256
+    /// regions of 16 MiB the worst resync after an unclean stop reads 4 GiB.
+    pub dirty_regions: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { leg_deadline_millis: 30_000, scrub_blocks_per_second: 50_000 }
+        Self { leg_deadline_millis: 30_000, scrub_blocks_per_second: 50_000, dirty_regions: 256 }
     }
 }
 

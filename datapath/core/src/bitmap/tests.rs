@@ -5,10 +5,36 @@ use proptest::prelude::*;
 const ONE: BlockRange = BlockRange::new(0, 1);
 
 fn land(bitmap: &mut Bitmap) {
-    let bits = bitmap.bits(0);
-    bitmap.pages[0].changed = false;
-    bitmap.pages[0].in_flight = Some(bits);
+    bitmap.issued(0);
     bitmap.landed(0);
+}
+
+#[test]
+fn a_region_counts_from_the_moment_that_its_bit_is_wanted_until_its_clear_has_landed() {
+    let mut bitmap = Bitmap::new(4 * REGION_BLOCKS);
+    assert_eq!(bitmap.counts_of(BlockRange::new(0, 3 * REGION_BLOCKS)), (3, 0));
+    bitmap.want(BlockRange::new(0, 2 * REGION_BLOCKS));
+    assert_eq!((bitmap.counted(), bitmap.counts_of(BlockRange::new(0, 3 * REGION_BLOCKS))), (2, (1, 2)));
+    // Taken back before it was ever written: it never was on a disk.
+    bitmap.clear(1);
+    assert_eq!(bitmap.counted(), 1);
+    land(&mut bitmap);
+    bitmap.clear(0);
+    assert_eq!((bitmap.counted(), bitmap.dirty()), (1, 0), "it is on the disks as long as its clear has not landed");
+    bitmap.issued(0);
+    bitmap.want(ONE);
+    bitmap.landed(0);
+    assert_eq!(bitmap.counted(), 1, "wanted again meanwhile");
+    land(&mut bitmap);
+    bitmap.clear(0);
+    land(&mut bitmap);
+    assert_eq!(bitmap.counted(), 0);
+    bitmap.join(0, None);
+    bitmap.regions[2].unsynced = true;
+    bitmap.cannot_be_synced(2);
+    assert_eq!(bitmap.counted(), 3);
+    bitmap.synced(2);
+    assert_eq!(bitmap.counted(), 4);
 }
 
 #[test]
@@ -26,8 +52,7 @@ fn a_write_to_a_region_whose_clear_is_in_flight_waits_and_sets_it_again() {
     bitmap.want(ONE);
     land(&mut bitmap);
     bitmap.clear(0);
-    bitmap.pages[0].in_flight = Some(bitmap.bits(0));
-    bitmap.pages[0].changed = false;
+    bitmap.issued(0);
     assert!(!bitmap.want(ONE), "the clear may land at any time");
     assert!(bitmap.pages[0].changed, "the set goes with the next write");
     bitmap.landed(0);
@@ -151,12 +176,11 @@ proptest! {
                         naive.durable.retain(|region| page_of(*region) != page);
                         naive.durable.extend(durable);
                     } else {
-                        let bits = bitmap.bits(page);
+                        let bits = bitmap.issued(page);
                         let first = page * PAGE_REGIONS as usize;
                         let said: BTreeSet<usize> = (0..bits.len() * 8).filter(|i| bits[i / 8] >> (i % 8) & 1 == 1).map(|i| first + i).collect();
                         prop_assert_eq!(&said, &here(&naive.set));
                         prop_assert_eq!(bits.len(), (bitmap.regions.len() - first).min(PAGE_REGIONS as usize).div_ceil(8));
-                        (bitmap.pages[page].changed, bitmap.pages[page].in_flight) = (false, Some(bits));
                         naive.changed.remove(&page);
                         naive.flying[page] = Some(said);
                     }

@@ -74,9 +74,9 @@ pub(super) struct Copy {
 }
 
 impl Copy {
-    /// Whether it holds an entry of the range lock and its regions; a mend goes under its write's.
+    /// Whether it has an entry of the range lock and holds its regions; a mend goes under its write's.
     pub(super) fn holds_lock(&self) -> bool {
-        self.step > Step::Queued && !matches!(self.purpose, CopyFor::Mend(_))
+        !matches!(self.purpose, CopyFor::Mend(_))
     }
 
     fn ends(&self) -> (Slot, Slot) {
@@ -110,9 +110,7 @@ impl Mirror {
 
     pub(super) fn start_locked_copy(&mut self, range: BlockRange, from: Slot, to: Slot, purpose: CopyFor, class: Class, out: &mut Effects) {
         let id = self.new_copy(range, from, to, purpose);
-        if self.lock.acquire(id, range, class) {
-            self.granted(id, out);
-        }
+        self.enter(id, range, class, out);
     }
 
     pub(super) fn start_mend(&mut self, mend: Mend, range: BlockRange, refused: Slot, out: &mut Effects) {

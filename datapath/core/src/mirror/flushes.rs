@@ -15,6 +15,8 @@ pub(super) enum Waiter {
     Client(Tag),
     /// The clean pass: these regions, each with its count of writes when the flush was asked for.
     Clean(Vec<(usize, u64)>),
+    /// Room is made for other regions: the same, and which cleaning it is.
+    Room(u64, Vec<(usize, u64)>),
     /// A write over bad blocks is done.
     Overwritten(EntryId),
     /// A rebuild wants to be finished.
@@ -127,6 +129,7 @@ impl Mirror {
                 Waiter::Client(tag) => Self::answer(tag, result, out),
                 Waiter::Clean(regions) if result.is_ok() => self.clear_clean(&regions),
                 Waiter::Clean(_) => self.arm_clean(),
+                Waiter::Room(number, regions) => self.room_flushed(number, &regions, result.is_ok()),
                 Waiter::Overwritten(id) => self.overwritten(id, result.is_ok(), out),
                 Waiter::Rebuilt(generation) => self.rebuilt_flushed(generation, result.is_ok()),
                 Waiter::Checkpoint(generation, block) if result.is_ok() => self.checkpoint_flushed(generation, block),

@@ -17,10 +17,11 @@ impl Mirror {
         }
         for (region, state) in self.bitmap.regions.iter().enumerate() {
             let range = BlockRange::new(region as u64 * REGION_BLOCKS, (region as u64 + 1) * REGION_BLOCKS);
-            let writes = self.writes.values().filter(|write| write.stage > writes::Stage::Queued && write.range.overlaps(range)).count();
+            let writes = self.writes.values().filter(|write| write.stage > writes::Stage::Room && write.range.overlaps(range)).count();
             let copies = self.copies.values().filter(|copy| copy.holds_lock() && copy.range.overlaps(range)).count();
             assert_eq!(state.pending as usize, writes + copies, "invariant 4: region {region}");
         }
+        self.check_room();
         for io in self.ios.values() {
             if let (Some((slot, leg)), Purpose::Read(_)) = (io.leg, io.purpose) {
                 let now = &self.legs[slot.index()];
@@ -31,7 +32,7 @@ impl Mirror {
             let superblocks = self.ios.values().filter(|io| {
                 io.purpose == Purpose::Superblock && io.leg.is_some_and(|(s, id)| s == slot && id == self.legs[slot.index()].id)
             });
-            assert!(superblocks.count() <= 1, "invariant 6");
+            assert!(superblocks.count() <= 1, "invariant 7");
         }
     }
 }

@@ -5,6 +5,7 @@
 //!  submit -> range lock -> dirty bits durable -> issued to every IN and RECOVERING leg -> judged -> answered -> released
 //!            (rule 3)      (rule 17)             (held while a leg changes sides)         (8, 9, 14)            (5, 6)
 //! ```
+//! A write that needs one dirty region too many waits before that (`room.rs`): what is in the range lock never waits for room.
 //! Membership changes are *transitions* (`transition.rs`), one at a time: the record is made durable on the legs that stay, then in the
 //! witness, and only then does it count (rule 9). A leg that failed is `Leaving` until then: it gets nothing new, and no answer
 //! that misses it goes out.
@@ -13,9 +14,10 @@
 //! 1. At least one leg is IN.
 //! 2. No two issued exclusive entries of the range lock overlap.
 //! 3. Data is issued only to regions whose bit is durably set on every leg that is IN by the durable record.
-//! 4. A region's `pending` is the number of unreleased writes and copies that passed the lock there.
+//! 4. A region's `pending` is the number of unreleased writes and copies in the range lock there.
 //! 5. A RECOVERING leg serves no read.
-//! 6. One metadata write in flight for each leg's superblock, for each bitmap page, for the list of bad blocks, and for the witness.
+//! 6. A region that counts as dirty for the cap is counted, and only what waits for room is in that queue.
+//! 7. One metadata write in flight for each leg's superblock, for each bitmap page, for the list of bad blocks, and for the witness.
 
 mod admin;
 mod copies;
@@ -26,6 +28,7 @@ mod ios;
 mod listing;
 mod pages;
 mod reads;
+mod room;
 mod scrub;
 mod sync;
 mod transition;
@@ -39,7 +42,7 @@ use crate::{
     bitmap::Bitmap,
     io::{Effect, Effects, Event, Fill, Notice, Request},
     membership::{Record, RecordName},
-    range_lock::{EntryId, RangeLock},
+    range_lock::{Class, EntryId, RangeLock},
     status::{LegState, LegStatus, Scrub, Status, Sync},
     units::{BlockRange, Epoch, Errno, Instant, IoId, LegId, RecordId, Slot, Tag, VolumeId},
 };
@@ -51,6 +54,7 @@ use self::{
     flushes::{Batch, Waiter},
     ios::{Ended, Io, Purpose},
     reads::Read,
+    room::Room,
     scrub::Scrubbing,
     sync::Syncing,
     transition::Transition,
@@ -147,6 +151,7 @@ pub struct Mirror {
     pub(crate) ready: bool,
     read_only: Option<Errno>,
     lock: RangeLock,
+    room: Room,
     ios: BTreeMap<IoId, Io>,
     writes: BTreeMap<EntryId, Write>,
     reads: BTreeMap<EntryId, Read>,
@@ -226,6 +231,7 @@ impl Mirror {
             ready: false,
             read_only: None,
             lock: RangeLock::new(),
+            room: Room::default(),
             ios: BTreeMap::new(),
             writes: BTreeMap::new(),
             reads: BTreeMap::new(),
@@ -336,6 +342,7 @@ impl Mirror {
             self.pump_pages(out);
             // A rebuild that became full and a growth whose pages are durable are taken up by the transition in the same round.
             self.pump_sync(out);
+            self.pump_room(out);
             // A copy of a region that was clean wants its bit now: nothing else may happen on an idle volume.
             self.pump_pages(out);
             self.pump_growing();
@@ -363,6 +370,15 @@ impl Mirror {
         RecordName { epoch: self.max_epoch, id: RecordId(id) }
     }
 
+    /// A write or copy whose regions may be dirty goes into the range lock. Its bits are wanted at once, and held until it is released.
+    fn enter(&mut self, id: EntryId, range: BlockRange, class: Class, out: &mut Effects) {
+        self.bitmap.hold(range);
+        self.bitmap.want(range);
+        if self.lock.acquire(id, range, class) {
+            self.granted(id, out);
+        }
+    }
+
     /// An entry may go: nothing before it overlaps it.
     fn granted(&mut self, id: EntryId, out: &mut Effects) {
         if self.reads.contains_key(&id) {
@@ -371,7 +387,6 @@ impl Mirror {
         let Some(range) = self.writes.get(&id).map(|write| write.range).or_else(|| self.copies.get(&id).map(|copy| copy.range)) else {
             return self.scrub_granted(id, out);
         };
-        self.bitmap.hold(range);
         // When no bit will become durable any more, what comes to be issued fails there.
         if self.bitmap.want(range) || self.read_only.is_some() {
             self.ready_to_issue(id, out);

@@ -25,9 +25,8 @@ impl Mirror {
             if !self.bitmap.pages[page].is_due() {
                 continue;
             }
-            let bits = self.bitmap.bits(page);
-            let state = &mut self.bitmap.pages[page];
-            state.issued(bits.clone());
+            let bits = self.bitmap.issued(page);
+            let state = &self.bitmap.pages[page];
             let (bytes, slots) = (encode_bitmap(self.volume, state.sequence, &bits), state.slot);
             let offset = |slot: Slot| bitmap_offset(page as u64, 1 - slots[slot.index()]);
             self.bitmap.pages[page].waiting = self.write_page(Purpose::Page(page), offset, &bytes, out);
@@ -88,6 +87,7 @@ impl Mirror {
             return;
         }
         self.bitmap.landed(page);
+        self.room.look_again();
         let ready = |bitmap: &Bitmap, range| bitmap.is_durable(range);
         let mut ids: Vec<EntryId> =
             self.writes.iter().filter(|(_, w)| w.stage == writes::Stage::Bits && ready(&self.bitmap, w.range)).map(|(id, _)| *id).collect();
@@ -109,7 +109,7 @@ impl Mirror {
     }
 
     /// Both legs are IN by the durable record of legs and witness, and no change of it is under way.
-    fn may_clear(&self) -> bool {
+    pub(super) fn may_clear(&self) -> bool {
         self.in_count() == 2 && self.transition.is_none() && self.ready && self.read_only.is_none()
     }
 

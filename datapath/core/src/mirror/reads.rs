@@ -4,8 +4,11 @@
 //! block by block, so that only a block that no leg can read fails. What one leg could not read and the other could is repaired. A read that
 //! touches a bad block (`bad_blocks.rs`) asks no leg.
 
+use alloc::vec::Vec;
+
 use super::{Ended, Mirror, Purpose, State, copies::CopyFor};
 use crate::{
+    bitmap,
     io::{Buffer, Effect, Effects, LegOp, Notice},
     range_lock::{Class, EntryId},
     units::{BlockRange, Errno, Slot, Tag},
@@ -135,11 +138,26 @@ impl Mirror {
     }
 
     /// Puts on `bad` what `good` holds, under the range lock, and reads it back. `false`: it will not.
-    pub(super) fn start_repair(&mut self, range: BlockRange, good: Slot, bad: Slot, out: &mut Effects) -> bool {
+    fn start_repair(&mut self, range: BlockRange, good: Slot, bad: Slot, out: &mut Effects) -> bool {
+        // Where a region must not become dirty now, it is left to a later read. A region whose legs may differ is dirty.
+        let mut room = self.room_for_repairs();
+        let fits = |part: &BlockRange| {
+            let new = self.bitmap.counts_of(*part).0;
+            let fits = new <= room;
+            room -= if fits { new } else { 0 };
+            fits
+        };
+        let parts: Vec<BlockRange> = bitmap::parts(range).filter(fits).collect();
+        !parts.is_empty() && self.repair(parts, good, bad, out)
+    }
+
+    /// The same for ranges that lie in one region each, whether there is room for that to become dirty or not.
+    pub(super) fn repair(&mut self, mut parts: Vec<BlockRange>, good: Slot, bad: Slot, out: &mut Effects) -> bool {
         if self.legs[bad.index()].state != State::In || self.read_only.is_some() || self.stopping.is_some() {
             return false;
         }
-        if self.copies.values().any(|copy| copy.purpose == CopyFor::Repair && copy.range == range) {
+        parts.retain(|part| !self.copies.values().any(|copy| copy.purpose == CopyFor::Repair && copy.range == *part));
+        if parts.is_empty() {
             return true;
         }
         let leg = &mut self.legs[bad.index()];
@@ -148,7 +166,9 @@ impl Mirror {
             self.fail_leg(bad, Errno::EIO, out);
             return false;
         }
-        self.start_locked_copy(range, good, bad, CopyFor::Repair, Class::User, out);
+        for part in parts {
+            self.start_locked_copy(part, good, bad, CopyFor::Repair, Class::User, out);
+        }
         true
     }
 }

@@ -133,6 +133,8 @@ impl Mirror {
         }
         let copying = self.syncing.as_ref().is_some_and(|syncing| syncing.retry_at.is_none());
         let repairing = self.copies.values().any(|copy| !matches!(copy.purpose, CopyFor::Sync { .. }));
+        // Its repairs wait for no room: so that only one region exceeds the cap, it waits until the last one is cleaned.
+        let crowded = self.is_crowded();
         let both_in = self.in_count() == 2;
         let Some(scrubbing) = &mut self.scrubbing else { return };
         if scrubbing.step == Step::Buffer {
@@ -140,7 +142,7 @@ impl Mirror {
         }
         let early = scrubbing.resume_at.is_some_and(|at| self.now < at);
         // Repairs that it asked for come first, so that there are never more than a piece has blocks.
-        if scrubbing.step != Step::Idle || early || copying || repairing || !both_in {
+        if scrubbing.step != Step::Idle || early || copying || repairing || crowded || !both_in {
             return;
         }
         scrubbing.resume_at = None;
@@ -282,7 +284,7 @@ impl Mirror {
             [true, true] => out.push(Effect::Notice(Notice::Unreadable { range })),
             [a_failed, _] => {
                 let bad = if a_failed { Slot::A } else { Slot::B };
-                self.start_repair(range, bad.other(), bad, out);
+                self.repair(alloc::vec![range], bad.other(), bad, out);
             }
         }
         self.next_part(out);

@@ -138,11 +138,13 @@ impl Mirror {
         if idle || self.attach.is_some() {
             return;
         }
-        if self.syncing.is_none() && self.stopping.is_none() {
+        // Who waits for room may wait for a region to be synced, so that it can be cleaned, also in a stop.
+        let stopping = self.stopping.is_some() && self.room.is_empty();
+        if self.syncing.is_none() && !stopping {
             self.choose_sync(out);
         }
         loop {
-            let (stopping, pages_idle) = (self.stopping.is_some(), self.pages_idle());
+            let pages_idle = self.pages_idle();
             let Some(syncing) = &mut self.syncing else { return };
             match syncing.stage {
                 Stage::Copying if syncing.retry_at.is_some() || stopping => return,
@@ -187,9 +189,12 @@ impl Mirror {
         if let Some(region) = syncing.region.take() {
             syncing.done += 1;
             syncing.failed |= syncing.region_failed;
-            if syncing.target.is_none() && !syncing.region_failed && !syncing.again {
-                self.bitmap.regions[region].unsynced = false;
+            if syncing.target.is_none() && syncing.region_failed {
+                self.bitmap.cannot_be_synced(region);
+            } else if syncing.target.is_none() && !syncing.again {
+                self.bitmap.synced(region);
             }
+            self.room.look_again();
             let everything = matches!(syncing.target, Some((_, Fill::Everything)));
             if everything && !syncing.failed && syncing.done.is_multiple_of(CHECKPOINT_REGIONS) {
                 let waiter = Waiter::Checkpoint(syncing.generation, (region as u64 + 1) * REGION_BLOCKS);

@@ -282,15 +282,14 @@ impl Mirror {
                 self.legs[slot.index()].state = State::In;
                 self.legs[slot.index()].repairs = 0;
                 self.syncing = None;
-                for region in &mut self.bitmap.regions {
-                    region.unsynced = false;
-                }
+                self.bitmap.all_synced();
                 out.push(Effect::Notice(Notice::RebuildCompleted { slot }));
                 self.resume(out);
             }
             Kind::Grow { blocks } => self.grown(blocks, out),
             Kind::Checkpoint { block } => self.checkpoint = block,
         }
+        self.room.look_again();
         // A clean pass that came meanwhile was passed over.
         if self.bitmap.dirty() > 0 {
             self.arm_clean();
@@ -318,9 +317,7 @@ impl Mirror {
         }
         if self.in_count() == 1 {
             // With one copy there is nothing to differ from.
-            for region in &mut self.bitmap.regions {
-                region.unsynced = false;
-            }
+            self.bitmap.all_synced();
         }
         self.rejudge_writes(out);
         self.judge_flush(out);

@@ -11,6 +11,8 @@ use crate::{
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Stage {
+    /// Waits, outside the range lock, until its regions may become dirty (`room.rs`).
+    Room,
     /// In the range lock.
     Queued,
     /// Waits for its dirty bits.
@@ -44,9 +46,7 @@ impl Mirror {
         }
         let id = self.next_entry();
         self.writes.insert(id, Write { tag, range, payload, fua, stage: Stage::Queued, reports: [Report::None; 2], answered: false });
-        if self.lock.acquire(id, range, Class::User) {
-            self.granted(id, out);
-        }
+        if self.waits_for_room(range) { self.queue_for_room(id) } else { self.enter(id, range, Class::User, out) }
     }
 
     pub(super) fn issue_write(&mut self, id: EntryId, out: &mut Effects) {
@@ -193,6 +193,9 @@ impl Mirror {
     /// The mirror gave up: what waits for durability gets EIO.
     pub(super) fn fail_gated_write(&mut self, id: EntryId, out: &mut Effects) {
         let Some(write) = self.writes.get(&id).filter(|write| !write.answered) else { return };
+        if write.stage == Stage::Room {
+            return self.refuse_room(id, out);
+        }
         let waits_for_bits = write.stage == Stage::Bits;
         let missed = write.stage == Stage::Issued && !self.awaited(write.reports);
         if matches!(write.stage, Stage::Unlisting(Some(_))) && self.list_is_stuck() {

@@ -2,6 +2,7 @@
 #![allow(missing_docs)]
 
 mod bad_blocks;
+mod cap;
 mod crash;
 mod deadlines;
 mod errors;
