@@ -240,7 +240,7 @@ impl Machine {
             force: None,
             seed,
             now: self.now,
-            limits: Limits::default(),
+            limits: Limits { dirty_regions: self.profile.cap, ..Limits::default() },
         };
         let mut out = Effects::new();
         let assembled = assemble(&assembly, &mut out)?;

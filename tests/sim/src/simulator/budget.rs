@@ -5,7 +5,7 @@ use lockstep_core::{
     io::{Fill, LegOp, Outcome, Request},
     membership::MemberState,
     status::LegState,
-    units::{Errno, IoId, Slot},
+    units::{BlockRange, Errno, IoId, Slot},
 };
 
 use super::{
@@ -44,7 +44,12 @@ impl Machine {
             | Fault::NoSpace(Some(slot), _)
             | Fault::Lies(slot)
             | Fault::Freeze(slot) => Some(slot),
-            Fault::NoSpace(None, _) | Fault::BusReset | Fault::LastLeg | Fault::WitnessErrors(_) | Fault::Flaky(_) => None,
+            Fault::NoSpace(None, _)
+            | Fault::SourceUnreadable(_)
+            | Fault::BusReset
+            | Fault::LastLeg
+            | Fault::WitnessErrors(_)
+            | Fault::Flaky(_) => None,
         };
         let allowed = match (fault, one) {
             (_, Some(slot)) => self.may_fail(slot),
@@ -86,6 +91,12 @@ impl Machine {
             Fault::NoSpace(Some(_), _) => "one leg full",
             Fault::Lies(_) => "flushes lie",
             Fault::Freeze(_) => "disk hangs",
+            Fault::SourceUnreadable(range) => {
+                if !self.source_unreadable(range) {
+                    return;
+                }
+                "the source of a rebuild unreadable"
+            }
             Fault::NoSpace(None, n) => {
                 self.place.into_iter().flatten().for_each(|disk| self.disks[disk].trouble.no_space = n);
                 "both legs full"
@@ -139,6 +150,16 @@ impl Machine {
 
     fn bus_reset(&mut self) -> bool {
         self.fail_in_flight(|_, _| true)
+    }
+
+    /// The only good copy of something is gone: that it reads as an error until it is overwritten is all that can be had (mirror rule 22).
+    fn source_unreadable(&mut self, range: BlockRange) -> bool {
+        let is = |slot: Slot, state| self.status.legs[slot.index()].state == state;
+        let source = Slot::BOTH.into_iter().find(|slot| is(*slot, LegState::In) && is(slot.other(), LegState::Recovering));
+        let Some(disk) = source.and_then(|slot| self.place[slot.index()]) else { return false };
+        self.disks[disk].trouble.unreadable.extend(range.start..range.end);
+        self.lost.extend(range.start..range.end);
+        true
     }
 
     /// Data only: metadata of the last leg is what the mirror gives up on, as after a bus reset.

@@ -69,6 +69,8 @@ pub enum Kind {
     /// Metadata.
     Bitmap,
     /// Metadata.
+    BadBlocks,
+    /// Metadata.
     Witness,
     /// Of two buffers of its own, for a scrub.
     Compare,
@@ -76,7 +78,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Read,
         Self::Write,
         Self::WriteFua,
@@ -87,6 +89,7 @@ impl Kind {
         Self::Flush,
         Self::Superblock,
         Self::Bitmap,
+        Self::BadBlocks,
         Self::Witness,
     ];
 }
@@ -124,7 +127,7 @@ impl End {
 pub fn forbidden(state: State, kind: Kind, end: End) -> Option<&'static str> {
     let client = matches!(kind, Kind::Read | Kind::Write | Kind::WriteFua);
     let copies = matches!(kind, Kind::CopyRead | Kind::CopyWrite | Kind::NextData);
-    let metadata = matches!(kind, Kind::Superblock | Kind::Bitmap | Kind::Witness);
+    let metadata = matches!(kind, Kind::Superblock | Kind::Bitmap | Kind::BadBlocks | Kind::Witness);
     match (kind, end) {
         _ if state == State::Assembling && (client || copies || matches!(kind, Kind::Flush | Kind::Zero)) => {
             Some("a: nothing is served yet")

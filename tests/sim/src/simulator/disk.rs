@@ -73,6 +73,8 @@ pub(super) struct Disk {
     pub trouble: Trouble,
     /// The newest bitmap page's dirty regions.
     pub dirty: BTreeSet<u64>,
+    /// The newest list of bad blocks.
+    pub bad: Vec<BlockRange>,
 }
 
 impl Disk {
@@ -86,6 +88,7 @@ impl Disk {
             generation: 0,
             trouble: Trouble::default(),
             dirty: BTreeSet::new(),
+            bad: Vec::new(),
         };
         disk.read_meta(true);
         disk
@@ -200,6 +203,7 @@ impl Disk {
     fn read_meta(&mut self, bitmap: bool) {
         if self.superblock.is_none() || !bitmap {
             self.superblock = format::superblock(&self.meta).ok().map(|(superblock, _)| superblock);
+            self.bad = format::bad_blocks(&self.meta, VOLUME, u64::MAX).map_or_else(Vec::new, |page| page.runs);
         }
         if bitmap {
             let bits = format::bitmap_page(&self.meta, VOLUME, 0).map_or_else(Vec::new, |page| page.bits);

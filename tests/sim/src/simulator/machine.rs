@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use lockstep_core::{
     Mirror,
+    fault::is_unreadable,
     format::{self, REGION_BLOCKS},
     io::{Effects, Event, LegOp, Outcome, Request},
     membership::{MemberState, Record},
@@ -58,11 +59,27 @@ pub(super) struct Work {
 /// A request that is not released.
 #[derive(Clone, Debug)]
 pub(super) enum Asked {
-    Write { range: BlockRange, id: u64, zero: bool, fua: bool },
-    Read { range: BlockRange, floor: Floor },
-    Flush { covered: Covered },
-    Grow { blocks: u64 },
-    Attach { slot: Slot },
+    Write {
+        range: BlockRange,
+        id: u64,
+        zero: bool,
+        fua: bool,
+    },
+    /// `lost`: it may read as an error, by what was lost when it was submitted.
+    Read {
+        range: BlockRange,
+        floor: Floor,
+        lost: bool,
+    },
+    Flush {
+        covered: Covered,
+    },
+    Grow {
+        blocks: u64,
+    },
+    Attach {
+        slot: Slot,
+    },
     Stop,
     Other,
 }
@@ -94,6 +111,8 @@ pub(super) struct Machine {
     pub history: History,
     /// The legs may differ: since an unclean stop or a write that failed on both, until they are equal again.
     pub may_differ: bool,
+    /// What the only good leg could not read when it was to be copied: it may read as an error until it is overwritten.
+    pub lost: BTreeSet<u64>,
     /// Something happened that lets requests end with errors.
     pub excused: bool,
     /// The last stop was clean, with both legs there.
@@ -134,6 +153,7 @@ impl Machine {
             blocks: profile.blocks,
             history: History::default(),
             may_differ: false,
+            lost: BTreeSet::new(),
             excused: false,
             clean: false,
             stopping: false,
@@ -340,7 +360,8 @@ impl Machine {
         self.make_room();
         self.count("read");
         let floor = self.history.floor(range);
-        self.submit(Asked::Read { range, floor }, vec![u64::MAX; range.len() as usize], Request::Read(range));
+        let lost = self.is_lost(range);
+        self.submit(Asked::Read { range, floor, lost }, vec![u64::MAX; range.len() as usize], Request::Read(range));
     }
 
     fn flush(&mut self) {
@@ -399,6 +420,14 @@ impl Machine {
         {
             // The only copy that was read from is lost here: the other may be older.
             self.history.exception(Some(*range));
+        }
+        let alone = self.status.legs.iter().filter(|leg| leg.state == LegState::In).count() == 1;
+        if let (Op::Leg(LegOp::Read { range, .. }), Kind::CopyRead, Outcome::Failed(errno)) = (&work.op, work.kind, outcome)
+            && alone
+            && range.len() == 1
+            && is_unreadable(errno)
+        {
+            self.lost.insert(range.start);
         }
         self.handle(Event::Done { io, outcome });
     }
@@ -460,6 +489,9 @@ impl Machine {
     /// Compares what two disks hold.
     pub(super) fn compare(&mut self, a: usize, b: usize, blocks: &BTreeSet<u64>) {
         let [a, b] = [&self.disks[a], &self.disks[b]];
+        // What no leg holds is anything (mirror rule 22).
+        let bad = |block: &u64| a.bad.iter().chain(&b.bad).any(|run| (run.start..run.end).contains(block));
+        let blocks = &blocks.iter().copied().filter(|block| !bad(block)).collect();
         let first = |block| (a.read(block), 0);
         let second = |block| (b.read(block), 0);
         let legs = [legs::Leg { place: 0, holds: &first, lies: false }, legs::Leg { place: 1, holds: &second, lies: false }];

@@ -20,6 +20,8 @@ pub enum Fault {
     HostFaults(Slot, u8),
     /// Reads fail there.
     Unreadable(Slot, BlockRange),
+    /// Reads of the only leg that counts fail there while the other one is filled.
+    SourceUnreadable(BlockRange),
     /// Writes fail there.
     Unwritable(Slot, BlockRange),
     /// So many writes find no space, on one leg or on both.
@@ -98,6 +100,8 @@ pub struct Profile {
     pub flaky: u64,
     /// One operation in so many is done long before it is reported; 0: none.
     pub early: u64,
+    /// Regions that may be dirty at once.
+    pub cap: u64,
     /// The first blocks of what is written, and how many from there.
     pub hot: [u64; 3],
     /// See `hot`.
@@ -118,6 +122,7 @@ impl Profile {
             depth: [1, 3, 8, 32][rng.below(4) as usize],
             flaky: [0, 0, 12, 50][rng.below(4) as usize],
             early: [0, 2, 4][rng.below(3) as usize],
+            cap: [1, 2, 3, 256][rng.below(4) as usize],
             hot,
             width: [2, 6, 24][rng.below(3) as usize].min(64 - 57 + 1),
         }
@@ -161,7 +166,7 @@ fn slot(rng: &mut Rng) -> Slot {
 
 fn fault(rng: &mut Rng, profile: &Profile) -> Fault {
     let slot = slot(rng);
-    match rng.below(16) {
+    match rng.below(17) {
         0 | 1 => Fault::Gone(slot),
         2 | 3 => Fault::Errors(slot, 1 + rng.below(3) as u8),
         4 => Fault::FlushError(slot),
@@ -174,7 +179,8 @@ fn fault(rng: &mut Rng, profile: &Profile) -> Fault {
         11 => Fault::LastLeg,
         12 => Fault::Lies(slot),
         13 => Fault::Freeze(slot),
-        14 => Fault::WitnessErrors(1 + rng.below(9) as u8),
+        14 => Fault::SourceUnreadable(profile.range(rng)),
+        15 => Fault::WitnessErrors(1 + rng.below(9) as u8),
         _ => Fault::Flaky(4 + rng.below(20) as u8),
     }
 }

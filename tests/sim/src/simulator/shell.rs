@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 
 use lockstep_core::{
-    format::{REGION_BLOCKS, bitmap_pages},
+    format::{self, REGION_BLOCKS, bitmap_pages},
     io::{Buffer, Effect, Effects, LegOp, Notice, Outcome},
     membership::MemberState,
+    status::LegState,
     units::{BlockRange, Errno, IoId, LegId, Slot, Tag},
 };
 
@@ -17,6 +18,8 @@ use crate::oracles::{bounds, legs};
 
 /// Where the bitmap begins in `meta`.
 const BITMAP_AT: u64 = 65536;
+/// Where the list of bad blocks begins in `meta`.
+const BAD_BLOCKS_AT: u64 = 32768;
 
 fn kind(op: &LegOp) -> Kind {
     match op {
@@ -28,9 +31,15 @@ fn kind(op: &LegOp) -> Kind {
         LegOp::Zero { .. } => Kind::Zero,
         LegOp::Flush => Kind::Flush,
         LegOp::NextData { .. } => Kind::NextData,
-        LegOp::WriteMeta { offset, .. } if *offset < BITMAP_AT => Kind::Superblock,
+        LegOp::WriteMeta { offset, .. } if *offset < BAD_BLOCKS_AT => Kind::Superblock,
+        LegOp::WriteMeta { offset, .. } if *offset < BITMAP_AT => Kind::BadBlocks,
         LegOp::WriteMeta { .. } => Kind::Bitmap,
     }
+}
+
+/// The regions that a bitmap page calls dirty; the first page is the only one.
+fn dirty_in(page: &[u8]) -> BTreeSet<u64> {
+    (0..format::PAGE_REGIONS).filter(|region| page[32 + *region as usize / 8] & (1 << (region % 8)) != 0).collect()
 }
 
 /// The blocks that an operation writes.
@@ -139,9 +148,30 @@ impl Machine {
         }
         let Op::Leg(leg_op) = &op else { return };
         let kind = kind(leg_op);
+        if let (Kind::Bitmap, LegOp::WriteMeta { page, .. }) = (kind, leg_op) {
+            let result = self.check_cap(page.as_slice());
+            self.check("bounds", result);
+        }
         let mark = self.disks[disk].flush_mark();
         self.work.insert(io, Work { disk: here, op, kind, data, memory, mark, since: self.now, ended: None });
         self.check_in_flight(here);
+    }
+
+    /// What may be dirty on the disks already, against what a bitmap page says.
+    fn check_cap(&self, page: &[u8]) -> Result<(), String> {
+        let counts = |slot: Slot| self.status.legs[slot.index()].state == LegState::In && self.counted().contains(&slot);
+        if !self.status.ready || !Slot::BOTH.into_iter().all(counts) {
+            return Ok(());
+        }
+        let here = |work: &&Work| self.place.contains(&work.disk.map(|(disk, _)| disk));
+        let pages = self.work.values().filter(here).filter_map(|work| match &work.op {
+            Op::Leg(LegOp::WriteMeta { page, .. }) if work.kind == Kind::Bitmap => Some(dirty_in(page.as_slice())),
+            _ => None,
+        });
+        let disks = self.place.into_iter().flatten().map(|disk| self.disks[disk].dirty.clone());
+        let before = disks.chain(pages).flatten().collect();
+        // One request of two regions may exceed a cap of one.
+        bounds::capped(&before, &dirty_in(page), self.profile.cap.max(2))
     }
 
     fn check_in_flight(&mut self, here: Option<(usize, u64)>) {
@@ -151,6 +181,7 @@ impl Machine {
                 Kind::Flush => &mut count.flushes,
                 Kind::Superblock => &mut count.superblocks,
                 Kind::Bitmap => &mut count.pages,
+                Kind::BadBlocks => &mut count.lists,
                 _ => &mut count.data,
             };
             *n += 1;
@@ -217,7 +248,7 @@ impl Machine {
         let range = written(&work.op);
         let once = match work.kind {
             Kind::Flush if take(&mut trouble.flush_errors) => true,
-            Kind::Superblock | Kind::Bitmap if take(&mut trouble.meta_errors) => true,
+            Kind::Superblock | Kind::Bitmap | Kind::BadBlocks if take(&mut trouble.meta_errors) => true,
             _ => take(&mut trouble.errors),
         };
         if once {
@@ -376,6 +407,7 @@ impl Machine {
         if let (Err(errno), Asked::Write { .. } | Asked::Read { .. } | Asked::Flush { .. }) = (result, &asked)
             && !self.excused
             && !self.stopping
+            && !self.may_be_lost(&asked)
         {
             self.breaks("availability", format!("{asked:?} ends with {errno:?} within the budget"));
         }
@@ -383,17 +415,22 @@ impl Machine {
             Asked::Write { range, id, zero, fua } => {
                 self.history.answered(id, range, result.is_ok(), fua);
                 if result.is_ok() {
+                    // It may have been written before it became unreadable, and answered after that.
+                    let bad = |block: &u64| self.disks.iter().any(|disk| disk.trouble.unreadable.contains(block));
+                    self.lost.retain(|block| !(range.start..range.end).contains(block) || bad(block));
                     let value = if zero { 0 } else { id };
                     let answered = self.with_counted(|legs| legs::write_answered(legs, range.start..range.end, value, fua));
                     self.check("answered on every leg that counts", answered);
                 }
             }
-            Asked::Read { range, floor } if result.is_ok() => {
+            Asked::Read { range, floor, .. } if result.is_ok() => {
                 let values = self.buffers.get(&tag).map(|(_, values)| values.clone()).unwrap_or_default();
                 let result = self.history.read(range, &floor, &values);
                 self.check("reads are linearizable", result);
             }
             Asked::Flush { covered } if result.is_ok() => {
+                let listed = |block: u64| self.disks.iter().any(|disk| disk.bad.iter().any(|run| (run.start..run.end).contains(&block)));
+                let covered: Vec<(u64, u64)> = covered.into_iter().filter(|(block, _)| !listed(*block)).collect();
                 let durable = self.with_counted(|legs| {
                     legs::flush_answered(legs, &covered, |block, value, id| self.history.is_at_least(block, value, id))
                 });
@@ -408,6 +445,15 @@ impl Machine {
             }
             _ => {}
         }
+    }
+
+    /// A read of what the only good leg could not read when it was to be copied (mirror rule 22).
+    fn may_be_lost(&self, asked: &Asked) -> bool {
+        matches!(asked, Asked::Read { range, lost, .. } if *lost || self.is_lost(*range))
+    }
+
+    pub(super) fn is_lost(&self, range: BlockRange) -> bool {
+        self.lost.range(range.start..range.end).next().is_some()
     }
 
     fn with_counted(&self, check: impl FnOnce(&[legs::Leg<'_>]) -> Result<(), String>) -> Result<(), String> {
