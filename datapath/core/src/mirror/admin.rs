@@ -43,10 +43,10 @@ impl Mirror {
             return Self::answer(tag, Err(Errno::EBUSY), out);
         }
         if leg.id != id {
-            leg.id = id;
-            leg.reads = 0;
+            // A new leg has one superblock, in slot 0. One that returns keeps its newest until the other slot has a newer one (mirror rule 20).
+            (leg.id, leg.reads, leg.superblock_slot) = (id, 0, 0);
         }
-        (leg.repairs, leg.superblock_slot) = (0, 0);
+        leg.repairs = 0;
         // Newer than anything that an absent leg may have been given.
         self.sequence += 1000;
         self.bitmap.pages.iter_mut().for_each(|page| page.forget(slot));
