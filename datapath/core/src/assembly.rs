@@ -242,15 +242,28 @@ fn decide(found: &[Found], witness: Option<(Record, bool)>, seen_epoch: Option<E
 /// since, it may be what decides. A record comes to the legs that it counts before it comes to the witness: so if it was newer than
 /// `record`, such a leg has it or a newer one, and is asked. Nobody is asked who may be left behind by a leg that is not there.
 fn beside_damage(found: &[Found], newest: &Found, record: Record) -> Result<Record, Refusal> {
-    if newest.superblock.record.name.epoch > record.name.epoch {
-        return match without_witness(found, newest) {
-            Err(Refusal::NoWitness(_)) => Ok(newest.superblock.record),
-            decided => decided,
-        };
+    let at = |leg: LegId| found.iter().find(|found| found.superblock.leg == leg);
+    if newest.superblock.record.name.epoch <= record.name.epoch {
+        let all = record.members.iter().all(|member| member.state != MemberState::In || at(member.leg).is_some());
+        return if all { Ok(record) } else { Err(Refusal::NoWitness(newest.superblock.leg)) };
     }
-    let there = |leg: LegId| found.iter().any(|found| found.superblock.leg == leg);
-    let all = record.members.iter().all(|member| member.state != MemberState::In || there(member.leg));
-    if all { Ok(record) } else { Err(Refusal::NoWitness(newest.superblock.leg)) }
+    let counts = |record: &Record, leg: LegId| record.members.iter().any(|member| member.leg == leg && member.state == MemberState::In);
+    match without_witness(found, newest) {
+        Err(Refusal::NoWitness(leg)) if counts(&record, leg) => Ok(newest.superblock.record),
+        // Whoever made the later of two records that do not know of each other did so without the other leg, or would have known of its
+        // record, and that one had not come to the witness. If neither leaves the other out, both are of starts that came to nothing.
+        Err(Refusal::SplitBrain(a, b)) => {
+            let leaves_out = |leg: LegId, other: LegId| {
+                at(leg).map(|found| found.superblock.record).filter(|theirs| counts(theirs, leg) && !counts(theirs, other))
+            };
+            match (leaves_out(a, b), leaves_out(b, a)) {
+                (Some(_), Some(_)) => Err(Refusal::SplitBrain(a, b)),
+                (Some(theirs), None) | (None, Some(theirs)) => Ok(theirs),
+                (None, None) => Ok(record),
+            }
+        }
+        decided => decided,
+    }
 }
 
 fn without_witness(found: &[Found], newest: &Found) -> Result<Record, Refusal> {

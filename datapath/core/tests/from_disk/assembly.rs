@@ -1,4 +1,7 @@
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 use lockstep_core::{
     assembly::Refusal,
@@ -35,7 +38,7 @@ struct Run {
     fuse: u64,
     /// Killed by a power cut: the metadata that was being written is torn.
     tears: bool,
-    /// Before it, the newest slot of the witness has gone bad.
+    /// Before it, the newest slot of the witness has gone bad; not where a disk is lost, too.
     rot: bool,
     steps: Vec<Step>,
 }
@@ -169,13 +172,20 @@ fn force(node: &mut Node, there: There, slot: Slot) -> bool {
 fn check(runs: &[Run]) {
     let mut node = Node::new();
     let mut knowledge = Knowledge::default();
-    let mut seen_epoch = None;
+    let (mut seen_epoch, mut rotten) = (None, None);
     for run in runs {
+        // What was not overwritten is whole again: one thing at a time is lost.
+        if let Some((slot, _)) = rotten.take().filter(|(slot, page): &(Range<usize>, Vec<u8>)| node.witness[slot.clone()] == page[..]) {
+            node.witness[slot.start + 1000] ^= 4;
+        }
         if run.rot
+            && run.disks == [true; 2]
+            && !is_damaged(&node.witness)
             && let Some(superblock) = newest(&node.witness)
         {
-            let slot = usize::from(naive::superblock(&node.witness[4096..]).sequence == superblock.sequence);
-            node.witness[slot * 4096 + 1000] ^= 4;
+            let start = 4096 * usize::from(naive::superblock(&node.witness[4096..]).sequence == superblock.sequence);
+            node.witness[start + 1000] ^= 4;
+            rotten = Some((start..start + 4096, node.witness[start..start + 4096].to_vec()));
         }
         let there = There { disks: run.disks, witness: run.witness, seen_epoch, force: None };
         let verdict = verdict(&node, there, &knowledge);
