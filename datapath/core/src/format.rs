@@ -1,7 +1,8 @@
 //! What is on disk, format version 1. Little-endian throughout; every page carries a CRC32C of itself (its own field taken as
 //! zero). Whatever is written in place has two slots, so that a torn write leaves the other one (mirror rule 20).
 //!
-//! What comes later is announced by a bit of a feature mask. To a version that does not know the bit it means:
+//! *Version 1 is frozen.* The images in `tests/golden` open in every later version to the same values, and their pages are written as they were
+//! read. What comes later is announced by a bit of a feature mask. To a version that does not know the bit it means:
 //!
 //! | Mask | An unknown bit |
 //! |---|---|

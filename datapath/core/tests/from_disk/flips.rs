@@ -9,6 +9,8 @@
 //! | both witness slots | damaged | as if the witness were lost |
 //! | the newest slot of a bitmap page | the older slot | the other leg's copy has the bits; with one leg that counts, all dirty |
 //! | both slots of a bitmap page | not valid | the other leg's copy has the bits; valid on none, all dirty |
+//! | the newest slot of a list of bad blocks | the older slot | the other leg's list has the blocks; with one leg that counts, the older list |
+//! | both slots of a list of bad blocks | not known | the other leg's list has the blocks; known on none, refused |
 //! | bytes that no page covers | nothing | nothing |
 //!
 //! A torn page looks the same as one that has gone bad. What was torn never counted, what has gone bad may have: so whoever could tell is
@@ -147,6 +149,49 @@ fn a_flipped_bit_of_a_bitmap_page_hides_no_dirty_region() {
     flipped(&node, ALL, &[(A, second)], &Ok(([In, Out], REGIONS)));
     flipped(&node, ALL, &[(A, first), (A, second)], &Ok(([In, Out], REGIONS)));
     flipped(&node, ALL, &[(B, first), (B, second)], &Ok(([In, Out], 2)));
+}
+
+/// The legs list block 7, and in the newer slot 9 and 10, too.
+fn listed(mut node: Node, legs: &[usize]) -> Node {
+    for at in legs {
+        for (slot, runs) in [(0, &[BlockRange::new(7, 8)][..]), (1, &[BlockRange::new(7, 8), BlockRange::new(9, 11)])] {
+            let page = format::encode_bad_blocks(VOLUME, u64::from(slot) + 1, runs);
+            node.disks[*at].meta[bad_blocks_offset(slot) as usize..][..4096].copy_from_slice(page.as_slice());
+        }
+    }
+    node
+}
+
+/// As `flipped`; and how many blocks are lost.
+#[track_caller]
+fn flipped_list(node: &Node, there: There, pages: &[(File, u64)], expected: &Result<([LegState; 2], u64), Refusal>) {
+    let mut node = node.clone();
+    for byte in 0..4096 {
+        let flip = |node: &mut Node| pages.iter().for_each(|&(which, at)| file(node, which)[at as usize + byte] ^= 1 << (byte % 8));
+        flip(&mut node);
+        let found =
+            volume(&mut node, there).map(|(states, _)| (states, node.mirror.as_ref().expect("it is assembled").status().bad_blocks));
+        assert_eq!(&found, expected, "{pages:?} byte {byte}");
+        flip(&mut node);
+    }
+}
+
+#[test]
+fn a_flipped_bit_of_a_list_of_bad_blocks_never_makes_an_empty_list() {
+    let (first, second) = (bad_blocks_offset(0), bad_blocks_offset(1));
+    let node = listed(healthy(), &[0, 1]);
+    let one = format::superblock(&node.disks[0].meta).expect("valid").0.leg;
+    for pages in [&[(A, first)][..], &[(A, second)], &[(A, first), (A, second)], &[(B, first), (B, second)]] {
+        flipped_list(&node, ALL, pages, &Ok(([In, In], 3)));
+    }
+    flipped_list(&node, A_ALONE, &[(A, first)], &Ok(([In, Out], 3)));
+    flipped_list(&node, A_ALONE, &[(A, second)], &Ok(([In, Out], 1)));
+    flipped_list(&node, A_ALONE, &[(A, first), (A, second)], &Err(Refusal::BadBlocksUnknown(one)));
+    flipped_list(&node, ALL, &[(A, first), (A, second), (B, first), (B, second)], &Err(Refusal::BadBlocksUnknown(one)));
+    // B is OUT: what it lists means nothing, also where A's list is damaged.
+    let node = listed(degraded(), &[0]);
+    flipped_list(&node, ALL, &[(B, first), (B, second)], &Ok(([In, Out], 3)));
+    flipped_list(&listed(node, &[1]), ALL, &[(A, first), (A, second)], &Err(Refusal::BadBlocksUnknown(one)));
 }
 
 #[test]

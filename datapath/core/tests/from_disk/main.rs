@@ -5,6 +5,7 @@
 mod assembly;
 mod codec;
 mod flips;
+mod golden;
 mod naive;
 mod node;
 mod strategies;
