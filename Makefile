@@ -1,8 +1,9 @@
 # Everything that is built goes under ~/.cache/lockstep, never into the clone.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/lockstep/target
 .DEFAULT_GOAL := help
-.PHONY: help fmt check test sim mutants native csi demo bench deny
+.PHONY: help fmt check test sim fuzz mutants native csi demo bench deny
 SEEDS ?= 10000
+FUZZ_SECONDS ?= 600
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,6 +19,9 @@ test: ## Every tier, as CI runs it, and a table of them
 
 sim: ## Random histories of the mirror on simulated disks (SEEDS=N)
 	SIM_SEEDS=$(SEEDS) cargo test -p lockstep-sim --locked --test mirror random -- --nocapture
+
+fuzz: ## The decoders on what a fuzzer thinks of, each for FUZZ_SECONDS=N
+	FUZZ_SECONDS=$(FUZZ_SECONDS) tests/run fuzz
 
 mutants: ## Break the core on purpose, patch by patch, and see a test fail
 	tests/run mutants
