@@ -213,10 +213,7 @@ pub fn assemble(assembly: &Assembly<'_>, out: &mut Effects) -> Result<Assembled,
 /// A leg that the record counts must hold it, or something newer that has acked nothing. An older one is a copy from the past.
 fn is_current(record: &Record, found: &Found, flags: u64) -> bool {
     let theirs = found.superblock.record.name;
-    theirs == record.name
-        || theirs.epoch > record.name.epoch
-        || flags & FLAG_FORCED != 0
-        || record.members.iter().any(|m| m.leg == found.superblock.leg && m.seen == theirs && m.seen.epoch == record.name.epoch)
+    theirs == record.name || theirs.epoch > record.name.epoch || flags & FLAG_FORCED != 0
 }
 
 /// The record that says who counts (mirror rules 11 and 12).

@@ -4,6 +4,7 @@
 
 mod assembly;
 mod codec;
+mod decisions;
 mod flips;
 mod golden;
 mod naive;
