@@ -44,11 +44,15 @@ pub struct Limits {
     /// So many regions may be dirty while both legs are IN, or those of one single request if it touches more, and one that a scrub repairs (mirror rule 17). With 256
     /// regions of 16 MiB the worst resync after an unclean stop reads 4 GiB.
     pub dirty_regions: u64,
+    /// Writes that may be answered and not yet on a write-mostly leg (mirror rule 32),
+    pub behind_writes: u64,
+    /// and their blocks in all.
+    pub behind_blocks: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { leg_deadline_millis: 30_000, scrub_blocks_per_second: 50_000, dirty_regions: 256 }
+        Self { leg_deadline_millis: 30_000, scrub_blocks_per_second: 50_000, dirty_regions: 256, behind_writes: 64, behind_blocks: 2048 }
     }
 }
 

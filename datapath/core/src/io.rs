@@ -37,6 +37,15 @@ pub enum Request {
         /// The new size.
         blocks: u64,
     },
+    /// This leg is slow: read from the other, as long as that can. With `behind`, writes are answered when the other has them, as soon as the record
+    /// pins that one (`Status::write_behind`); what that may cost is said in `mirror/behind.rs` (mirror rule 32). Good until the mirror is
+    /// assembled anew or another leg is attached. `None`: no leg is.
+    WriteMostly {
+        /// The slow leg.
+        slot: Option<Slot>,
+        /// Writes need not wait for it.
+        behind: bool,
+    },
     /// Compare the legs wherever something was ever written (mirror rule 30). Answered at its end, which `Status::scrub` tells more of: EBUSY: one
     /// is under way; ENODEV: a leg is or was lost; ECANCELED: `StopScrub`; ESHUTDOWN: `Stop`; EIO: the mirror gave up.
     Scrub {

@@ -44,6 +44,8 @@ struct Entry {
     arrived: u64,
     /// A read: an overlapping user write was issued while it was under way.
     raced: bool,
+    /// A user write: it is final for readers, and its range is still taken (mirror rule 32).
+    behind: bool,
 }
 
 impl Entry {
@@ -53,7 +55,7 @@ impl Entry {
             return false;
         }
         match (self.class, earlier.class) {
-            (Class::Read, Class::User) => earlier.issued != 0 && earlier.issued < self.arrived,
+            (Class::Read, Class::User) => earlier.issued != 0 && earlier.issued < self.arrived && !earlier.behind,
             (Class::ReadAgain, Class::User) | (Class::User, Class::ReadAgain) => true,
             (Class::User | Class::Copy, Class::User | Class::Copy) => true,
             (Class::Read | Class::ReadAgain, _) | (_, Class::Read | Class::ReadAgain) => false,
@@ -78,7 +80,7 @@ impl RangeLock {
     pub fn acquire(&mut self, id: EntryId, range: BlockRange, class: Class) -> bool {
         debug_assert!(!range.is_empty());
         self.clock += 1;
-        let mut entry = Entry { id, range, class, blockers: 0, issued: 0, arrived: self.clock, raced: false };
+        let mut entry = Entry { id, range, class, blockers: 0, issued: 0, arrived: self.clock, raced: false, behind: false };
         entry.blockers = self.entries.iter().filter(|earlier| entry.waits_for(earlier)).count() as u32;
         if entry.blockers == 0 {
             self.clock += 1;
@@ -96,6 +98,27 @@ impl RangeLock {
     fn race(&mut self, range: BlockRange) {
         for read in self.entries.iter_mut().filter(|read| read.class == Class::Read && read.issued != 0) {
             read.raced |= read.range.overlaps(range);
+        }
+    }
+
+    /// An issued user write is final for readers, and goes on to hold its range against writes: reads do not wait for it any more. Appends those
+    /// that nothing is before now.
+    pub fn let_reads_by(&mut self, id: EntryId, woken: &mut Vec<EntryId>) {
+        let Some(at) = self.entries.iter().position(|entry| entry.id == id) else { return };
+        let by = self.entries[at].clone();
+        self.entries[at].behind = true;
+        for reader in at + 1..self.entries.len() {
+            let entry = &mut self.entries[reader];
+            if entry.class == Class::Read && entry.blockers > 0 && entry.waits_for(&by) {
+                entry.blockers -= 1;
+                if entry.blockers == 0 {
+                    self.clock += 1;
+                    entry.issued = self.clock;
+                    let range = entry.range;
+                    woken.push(entry.id);
+                    self.entries[reader].raced |= self.beside(range);
+                }
+            }
         }
     }
 
@@ -139,7 +162,8 @@ impl RangeLock {
 
     /// Whether a user write of this range is issued and not released.
     fn beside(&self, range: BlockRange) -> bool {
-        self.entries.iter().any(|entry| entry.class == Class::User && entry.issued != 0 && entry.range.overlaps(range))
+        let beside = |entry: &Entry| entry.class == Class::User && entry.issued != 0 && !entry.behind;
+        self.entries.iter().any(|entry| beside(entry) && entry.range.overlaps(range))
     }
 
     /// Asserts that no two issued exclusive entries overlap and that every count is what the table says.

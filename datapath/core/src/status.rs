@@ -2,7 +2,7 @@
 
 use crate::{
     io::Fill,
-    units::{Epoch, Errno, LegId},
+    units::{Epoch, Errno, LegId, Slot},
 };
 
 /// What a leg counts for (drawn in `membership.rs`).
@@ -104,6 +104,12 @@ pub struct Status {
     pub copied_blocks: u64,
     /// The newest scrub.
     pub scrub: Scrub,
+    /// The leg that is slow, as the operator says.
+    pub write_mostly: Option<Slot>,
+    /// Writes may be behind on it: it was asked for, and the durable record pins the other leg.
+    pub write_behind: bool,
+    /// Writes that were answered and are still on their way to it.
+    pub behind: u64,
     /// Client requests that are not answered yet.
     pub pending: u64,
     /// No more writes are taken.

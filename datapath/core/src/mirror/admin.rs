@@ -45,6 +45,7 @@ impl Mirror {
         if leg.id != id {
             // A new leg has one superblock, in slot 0. One that returns keeps its newest until the other slot has a newer one (mirror rule 20).
             (leg.id, leg.reads, leg.superblock_slot) = (id, 0, 0);
+            self.write_mostly.forget();
         }
         leg.repairs = 0;
         // Newer than anything that an absent leg may have been given.

@@ -42,6 +42,10 @@ impl Mirror {
         if self.batch.is_some() || self.flush_next.is_empty() {
             return;
         }
+        // It covers what was answered: that has to be on both legs first (mirror rule 32).
+        if self.is_behind() && self.read_only.is_none() {
+            return;
+        }
         let waiters = core::mem::take(&mut self.flush_next);
         if self.read_only.is_some() {
             return self.finish_flush(waiters, Err(Errno::EIO), out);

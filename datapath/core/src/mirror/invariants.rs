@@ -15,6 +15,11 @@ impl Mirror {
             let issued = write.stage >= writes::Stage::Issued;
             assert!(!issued || self.bitmap.is_durable(write.range), "invariant 3: {write:?}");
         }
+        let (writes, blocks) = self.behind();
+        assert!(
+            writes <= self.limits.behind_writes && blocks <= self.limits.behind_blocks,
+            "invariant 8: {writes} writes, {blocks} blocks"
+        );
         for (region, state) in self.bitmap.regions.iter().enumerate() {
             let range = BlockRange::new(region as u64 * REGION_BLOCKS, (region as u64 + 1) * REGION_BLOCKS);
             let writes = self.writes.values().filter(|write| write.stage > writes::Stage::Room && write.range.overlaps(range)).count();

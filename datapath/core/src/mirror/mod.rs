@@ -18,8 +18,10 @@
 //! 5. A RECOVERING leg serves no read.
 //! 6. A region that counts as dirty for the cap is counted, and only what waits for room is in that queue.
 //! 7. One metadata write in flight for each leg's superblock, for each bitmap page, for the list of bad blocks, and for the witness.
+//! 8. What was answered and is not on the write-mostly leg is within its bounds.
 
 mod admin;
+mod behind;
 mod copies;
 mod deadline;
 mod flushes;
@@ -49,6 +51,7 @@ use crate::{
 
 use self::{
     admin::{Growing, Stopping},
+    behind::WriteMostly,
     copies::Copy,
     deadline::Watch,
     flushes::{Batch, Waiter},
@@ -174,6 +177,7 @@ pub struct Mirror {
     attach: Option<(Tag, Slot, Fill)>,
     detaching: Vec<(Tag, Slot)>,
     growing: Option<Growing>,
+    write_mostly: WriteMostly,
     scrubbing: Option<Scrubbing>,
     /// Of the newest scrub.
     scrub: Scrub,
@@ -251,6 +255,7 @@ impl Mirror {
             attach: None,
             detaching: Vec::new(),
             growing: None,
+            write_mostly: WriteMostly::default(),
             scrubbing: None,
             scrub: Scrub::NEVER,
             stopping: None,
@@ -306,6 +311,7 @@ impl Mirror {
             Request::Attach { slot, leg, fill } => self.submit_attach(tag, slot, leg, fill, out),
             Request::Detach(slot) => self.submit_detach(tag, slot, out),
             Request::Grow { blocks } => self.submit_grow(tag, blocks, out),
+            Request::WriteMostly { slot, behind } => self.set_write_mostly(tag, slot, behind, out),
             Request::Scrub { believed } => self.submit_scrub(tag, believed, out),
             Request::StopScrub => self.stop_scrub(tag, out),
             Request::Stop => self.stopping = Some(Stopping::new(tag)),
@@ -512,6 +518,9 @@ impl Mirror {
             sync_total,
             copied_blocks: self.copied_blocks,
             scrub: self.scrub,
+            write_mostly: self.write_mostly.slot,
+            write_behind: self.write_behind().is_some(),
+            behind: self.behind().0,
             pending: (self.writes.len() + self.reads.len() + self.early.len()) as u64,
             read_only: self.read_only.is_some(),
             ready: self.ready,

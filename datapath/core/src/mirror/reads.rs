@@ -39,7 +39,17 @@ impl Mirror {
             // No copy holds it (mirror rule 22). Looked at each time: it may have been listed since the last leg was asked.
             return self.finish_read(id, Err(Errno::EIO), out);
         }
-        let Some(slot) = self.choose_leg(piece, tried) else { return self.read_failed(id, out) };
+        let behind = self.behind_on(piece);
+        let Some(slot) = self.choose_leg(piece, tried, behind) else {
+            let lands = |slow: Slot| self.legs[slow.index()].state == State::In && !tried[slow.index()];
+            if behind.is_some_and(lands) {
+                // The slow leg may serve it when it has what was answered (mirror rule 32).
+                self.reads.remove(&id);
+                self.lock.release(id, &mut self.woken);
+                return self.read_again(tag, range, out);
+            }
+            return self.read_failed(id, out);
+        };
         if let Some(read) = self.reads.get_mut(&id) {
             read.tried[slot.index()] = true;
         }
@@ -50,14 +60,17 @@ impl Mirror {
     }
 
     /// The leg that serves a read: the pinned one where the legs may differ, else the one with less to do; among equals the one whose last read
-    /// ended here, else the other one than last time.
-    fn choose_leg(&self, piece: BlockRange, tried: [bool; 2]) -> Option<Slot> {
-        let usable = |slot: &Slot| self.legs[slot.index()].state == State::In && !tried[slot.index()];
+    /// ended here, else the other one than last time. Never the one that is behind there; a slow one only if the other cannot.
+    fn choose_leg(&self, piece: BlockRange, tried: [bool; 2], behind: Option<Slot>) -> Option<Slot> {
+        let usable = |slot: &Slot| self.legs[slot.index()].state == State::In && !tried[slot.index()] && behind != Some(*slot);
         let mut usable = Slot::BOTH.into_iter().filter(usable);
         let first = usable.next()?;
         let Some(second) = usable.next() else { return Some(first) };
         if self.bitmap.unsynced(piece) {
             return Some(self.record.pin);
+        }
+        if let Some(slow) = self.write_mostly.slot {
+            return Some(slow.other());
         }
         let (a, b) = (&self.legs[first.index()], &self.legs[second.index()]);
         Some(match a.reads.cmp(&b.reads) {

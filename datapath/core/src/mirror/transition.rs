@@ -30,6 +30,10 @@ enum Kind {
     },
     /// The last record that was tried does not hold: say again what does.
     Restate,
+    /// The leg that reads are pinned to changes, so that writes may be behind on this one.
+    Pin {
+        slow: Slot,
+    },
     Grow {
         blocks: u64,
     },
@@ -67,14 +71,27 @@ impl Transition {
 }
 
 impl Mirror {
+    /// Whether the last record that was tried may be on the disks, and does not hold.
+    pub(super) fn is_restating(&self) -> bool {
+        self.restate || self.transition.as_ref().is_some_and(|transition| transition.kind == Kind::Restate)
+    }
+
     /// Begins the most urgent change, if none is under way.
     pub(super) fn pump_transition(&mut self, out: &mut Effects) {
+        let repin = self.wants_to_repin();
         if self.transition.is_some() || self.read_only.is_some() {
             return;
+        }
+        if repin.is_none() {
+            self.stop_repinning(out);
         }
         let leaving = self.legs.iter().any(|leg| matches!(leg.state, State::Leaving | State::Dropping));
         let full = self.syncing.as_ref().filter(|syncing| syncing.stage == sync::Stage::Full).and_then(|syncing| syncing.target);
         let kind = if leaving {
+            if self.must_land() {
+                // The leg that stays has what was answered, before the record gives up the one that has it (mirror rule 32).
+                return;
+            }
             Kind::Out
         } else if !self.ready {
             Kind::Assemble
@@ -91,6 +108,12 @@ impl Mirror {
             Kind::Grow { blocks }
         } else if let Some(block) = self.syncing.as_mut().and_then(|syncing| syncing.checkpoint.take()) {
             Kind::Checkpoint { block }
+        } else if let Some(slow) = repin {
+            (self.draining, self.write_mostly.repinning) = (true, true);
+            if !self.drained() {
+                return;
+            }
+            Kind::Pin { slow }
         } else {
             return;
         };
@@ -130,6 +153,7 @@ impl Mirror {
                 record.members[slot.index()].state = MemberState::In;
                 record.pin = slot.other();
             }
+            Kind::Pin { slow } => record.pin = slow.other(),
             _ => {}
         }
         record
@@ -225,6 +249,12 @@ impl Mirror {
                     self.fail_leg(slot, error, out);
                     self.abandon(out);
                 }
+                Kind::Pin { .. } => {
+                    // Without a witness it is not pinned, and nothing waits for it to be.
+                    self.write_mostly.behind = false;
+                    self.restate = true;
+                    self.abandon(out);
+                }
                 _ => self.fail_gated(out),
             };
         }
@@ -250,6 +280,7 @@ impl Mirror {
             }
             Kind::FinishRebuild { .. } => self.cancel_sync(out),
             Kind::Restate => self.restate = true,
+            Kind::Pin { .. } => self.stop_repinning(out),
             Kind::Assemble | Kind::Out | Kind::Grow { .. } | Kind::Checkpoint { .. } => {}
         }
     }
@@ -267,6 +298,7 @@ impl Mirror {
         self.record = transition.record;
         match transition.kind {
             Kind::Assemble | Kind::Restate => {}
+            Kind::Pin { .. } => self.stop_repinning(out),
             Kind::Out => self.legs_out(out),
             Kind::StartRebuild { slot, fill } => {
                 self.checkpoint = 0;

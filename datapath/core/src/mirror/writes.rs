@@ -37,6 +37,8 @@ pub(super) struct Write {
     pub stage: Stage,
     pub reports: [Report; 2],
     pub answered: bool,
+    /// Answered when only the fast leg had it; this is the other one (`behind.rs`).
+    pub behind: Option<Slot>,
 }
 
 impl Mirror {
@@ -45,7 +47,8 @@ impl Mirror {
             return Self::answer(tag, Err(Errno::EROFS), out);
         }
         let id = self.next_entry();
-        self.writes.insert(id, Write { tag, range, payload, fua, stage: Stage::Queued, reports: [Report::None; 2], answered: false });
+        let write = Write { tag, range, payload, fua, stage: Stage::Queued, reports: [Report::None; 2], answered: false, behind: None };
+        self.writes.insert(id, write);
         if self.waits_for_room(range) { self.queue_for_room(id) } else { self.enter(id, range, Class::User, out) }
     }
 
@@ -87,8 +90,13 @@ impl Mirror {
         if write.stage != Stage::Issued {
             return;
         }
-        if write.answered {
-            return self.release_write(id, out);
+        match write.behind {
+            Some(slow) => return self.judge_behind(id, slow, out),
+            None if write.answered => return self.release_write(id, out),
+            None => {}
+        }
+        if let Some(slow) = self.may_answer_behind(write) {
+            return self.answer_behind(id, slow, out);
         }
         let verdict = self.verdict(write.reports);
         let range = write.range;
@@ -178,7 +186,7 @@ impl Mirror {
         self.release_write(id, out);
     }
 
-    fn release_write(&mut self, id: EntryId, out: &mut Effects) {
+    pub(super) fn release_write(&mut self, id: EntryId, out: &mut Effects) {
         let Some(write) = self.writes.get(&id) else { return };
         if write.reports.contains(&Report::Pending) || write.stage == Stage::Mending {
             return;

@@ -74,6 +74,27 @@ fn a_read_that_a_write_was_issued_beside_is_read_again_between_the_writes() {
 }
 
 #[test]
+fn reads_do_not_wait_for_a_write_that_is_behind_and_writes_and_reads_that_come_again_do() {
+    let mut lock = RangeLock::new();
+    let mut woken = vec![];
+    assert!(lock.acquire(1, range(0, 4), Class::User));
+    assert!(!lock.acquire(2, range(2, 8), Class::Read));
+    assert!(!lock.acquire(3, range(3, 5), Class::User));
+    lock.let_reads_by(1, &mut woken);
+    assert_eq!(woken, [2]);
+    assert!(!lock.raced(2) && lock.acquire(4, range(0, 1), Class::Read));
+    assert!(!lock.acquire(5, range(0, 1), Class::ReadAgain) && !lock.acquire(6, range(0, 1), Class::Copy));
+    lock.check_invariants();
+    for read in [2, 4] {
+        lock.release(read, &mut woken);
+    }
+    woken.clear();
+    lock.release(1, &mut woken);
+    assert_eq!(woken, [3, 5, 6]);
+    lock.check_invariants();
+}
+
+#[test]
 fn a_read_that_waited_while_another_write_was_issued_is_read_again_too() {
     let mut lock = RangeLock::new();
     let mut woken = vec![];
@@ -96,6 +117,8 @@ fn a_read_that_waited_while_another_write_was_issued_is_read_again_too() {
 struct Naive {
     /// In order of arrival: id, range, class, whom it waits for, whether it is issued, whether it was raced.
     entries: Vec<(EntryId, BlockRange, Class, BTreeSet<EntryId>, bool, bool)>,
+    /// User writes that reads do not wait for any more.
+    behind: BTreeSet<EntryId>,
 }
 
 impl Naive {
@@ -108,7 +131,8 @@ impl Naive {
             Class::Copy => false,
         };
         let shares = |other: BlockRange| (range.start..range.end).any(|block| (other.start..other.end).contains(&block));
-        let earlier = self.entries.iter().filter(|(_, other, kind, _, issued, _)| shares(*other) && waits(*kind, *issued));
+        let by = |id| class == Class::Read && self.behind.contains(id);
+        let earlier = self.entries.iter().filter(|(id, other, kind, _, issued, _)| shares(*other) && waits(*kind, *issued) && !by(id));
         let earlier: BTreeSet<EntryId> = earlier.map(|entry| entry.0).collect();
         self.entries.push((id, range, class, earlier, false, false));
         self.issue() == [id]
@@ -122,6 +146,14 @@ impl Naive {
         self.issue()
     }
 
+    fn let_reads_by(&mut self, id: EntryId) -> Vec<EntryId> {
+        self.behind.insert(id);
+        for read in self.entries.iter_mut().filter(|entry| entry.2 == Class::Read) {
+            read.3.remove(&id);
+        }
+        self.issue()
+    }
+
     /// Issues whoever waits for nobody. A read and a user write that are under way together, and of which one was issued now, race.
     fn issue(&mut self) -> Vec<EntryId> {
         let mut now = vec![];
@@ -129,7 +161,7 @@ impl Naive {
             entry.4 = true;
             now.push(entry.0);
         }
-        let under_way = self.entries.iter().filter(|entry| entry.2 == Class::User && entry.4);
+        let under_way = self.entries.iter().filter(|entry| entry.2 == Class::User && entry.4 && !self.behind.contains(&entry.0));
         let writes: Vec<(EntryId, BlockRange)> = under_way.map(|entry| (entry.0, entry.1)).collect();
         for read in self.entries.iter_mut().filter(|entry| entry.2 == Class::Read && entry.4) {
             let raced = |(id, range): &(EntryId, BlockRange)| range.overlaps(read.1) && (now.contains(id) || now.contains(&read.0));
@@ -144,6 +176,8 @@ enum Step {
     Acquire(u64, u64, Class),
     /// The n-th of those that are issued.
     Release(usize),
+    /// The n-th of the user writes that are issued.
+    LetReadsBy(usize),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -151,6 +185,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         3 => (0..24u64, 1..9u64, class).prop_map(|(start, len, class)| Step::Acquire(start, len, class)),
         2 => any::<usize>().prop_map(Step::Release),
+        1 => any::<usize>().prop_map(Step::LetReadsBy),
     ]
 }
 
@@ -171,6 +206,15 @@ proptest! {
                         let mut woken = vec![7];
                         lock.release(*gone, &mut woken);
                         prop_assert_eq!(&woken[1..], naive.release(*gone));
+                    }
+                }
+                Step::LetReadsBy(n) => {
+                    let writes = naive.entries.iter().filter(|entry| entry.2 == Class::User && entry.4);
+                    let writes: Vec<EntryId> = writes.map(|entry| entry.0).collect();
+                    if let Some(by) = writes.get(n % writes.len().max(1)) {
+                        let mut woken = vec![7];
+                        lock.let_reads_by(*by, &mut woken);
+                        prop_assert_eq!(&woken[1..], naive.let_reads_by(*by));
                     }
                 }
             }

@@ -97,3 +97,23 @@ fn random_histories_beside_scrubs_keep_every_promise_and_no_scrub_finds_a_differ
         });
     });
 }
+
+#[test]
+fn random_histories_with_writes_behind_keep_every_promise() {
+    let answered_early = std::cell::Cell::new(0);
+    histories(250, |seed| {
+        let mut rng = Rng(seed ^ 0xbe41);
+        history(seed, |world| {
+            let status = world.mirror.status();
+            answered_early.set(answered_early.get() + status.behind);
+            match rng.below(12) {
+                0 | 1 if status.write_mostly.is_none() => drop(world.command(Request::WriteMostly { slot: Some(Slot::B), behind: true })),
+                2 if rng.once_in(20) => drop(world.command(Request::WriteMostly { slot: Some(Slot::A), behind: true })),
+                3 if rng.once_in(20) => drop(world.command(Request::WriteMostly { slot: Some(Slot::B), behind: false })),
+                4 => drop(world.tick()),
+                _ => {}
+            }
+        });
+    });
+    assert!(answered_early.get() > 0, "nothing was ever behind");
+}

@@ -2,6 +2,7 @@
 #![allow(missing_docs)]
 
 mod bad_blocks;
+mod behind;
 mod cap;
 mod crash;
 mod deadlines;
