@@ -365,6 +365,16 @@ impl Volume {
         blocking(move || attached.0.refresh_size(&attached.1)).await
     }
 
+    /// Says which leg is slow, if any: it is not read from as long as the other can be, and writes are answered before they are on it (mirror
+    /// rule 32: a write that was answered and not flushed may be lost if the other leg's disk and this process end together). Good until the
+    /// volume is opened anew or another leg is attached. `status` tells when it is so.
+    ///
+    /// # Errors
+    /// `Error::Gone`.
+    pub async fn write_mostly(&self, slow: Option<Slot>) -> Result<(), Error> {
+        self.submit(Request::WriteMostly { slot: slow, behind: slow.is_some() }).await
+    }
+
     /// Compares the legs wherever something was ever written, and returns at the end of that; `status` and `notices` say what differs. It is
     /// left as it is, unless a leg is `believed`: then the other one is given what that one holds.
     ///

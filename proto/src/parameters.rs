@@ -16,6 +16,8 @@ pub fn own(parameters: &BTreeMap<String, String>) -> BTreeMap<String, String> {
 pub struct Parameters {
     /// How the mirror becomes a block device.
     pub transport: Transport,
+    /// Whether writes may be answered before the slower copy has them.
+    pub write_behind: WriteBehind,
 }
 
 /// How the mirror becomes a block device.
@@ -28,11 +30,22 @@ pub enum Transport {
     Fuse,
 }
 
+/// Whether writes may be answered before the slower copy has them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WriteBehind {
+    /// A write that was answered is on both copies.
+    #[default]
+    Off,
+    /// If one of the two disks rotates and the other does not, writes do not wait for the one that does. A write that was answered and not
+    /// flushed may be lost if the other disk and the node fail together.
+    Rotational,
+}
+
 /// What is wrong with a parameter.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParameterError {
     /// No such parameter.
-    #[error("unknown parameter {name:?}: known are provisioning (thick) and transport (auto, fuse)")]
+    #[error("unknown parameter {name:?}: known are provisioning (thick), transport (auto, fuse) and writeBehind (off, rotational)")]
     Unknown {
         /// Its name.
         name: String,
@@ -66,6 +79,11 @@ pub fn parse(parameters: &BTreeMap<String, String>) -> Result<Parameters, Parame
             ("transport", _) => {
                 return Err(ParameterError::Value { name: "transport", value, allowed: "use auto or fuse" });
             }
+            ("writeBehind", "off") => parsed.write_behind = WriteBehind::Off,
+            ("writeBehind", "rotational") => parsed.write_behind = WriteBehind::Rotational,
+            ("writeBehind", _) => {
+                return Err(ParameterError::Value { name: "writeBehind", value, allowed: "use off or rotational" });
+            }
             _ => return Err(ParameterError::Unknown { name }),
         }
     }
@@ -84,7 +102,9 @@ mod tests {
     fn known_parameters_are_taken_and_the_sidecars_own_are_left_alone() {
         assert_eq!(given(&[]), Ok(Parameters::default()));
         let pairs = [("provisioning", "thick"), ("transport", "fuse"), ("csi.storage.k8s.io/fstype", "xfs")];
-        assert_eq!(given(&pairs), Ok(Parameters { transport: Transport::Fuse }));
+        assert_eq!(given(&pairs), Ok(Parameters { transport: Transport::Fuse, ..Parameters::default() }));
+        assert_eq!(given(&[("writeBehind", "rotational")]).unwrap().write_behind, WriteBehind::Rotational);
+        assert_eq!(given(&[("writeBehind", "off")]), Ok(Parameters::default()));
         let pairs = ["csi.storage.k8s.io/fstype", "csi.storage.k8s.io", "transport"].map(|name| (name.to_owned(), String::new()));
         assert_eq!(own(&pairs.into()).into_keys().collect::<Vec<_>>(), ["csi.storage.k8s.io", "transport"]);
     }
@@ -93,7 +113,7 @@ mod tests {
     fn what_is_wrong_is_named() {
         let unknown = given(&[("replicas", "3")]).unwrap_err();
         assert!(unknown.to_string().contains("replicas"), "{unknown}");
-        for (name, value) in [("provisioning", "thin"), ("transport", "ublk"), ("transport", "")] {
+        for (name, value) in [("provisioning", "thin"), ("transport", "ublk"), ("transport", ""), ("writeBehind", "on")] {
             let wrong = given(&[(name, value)]).unwrap_err().to_string();
             assert!(wrong.contains(name) && wrong.contains(&format!("{value:?}")), "{wrong}");
         }

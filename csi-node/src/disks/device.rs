@@ -83,6 +83,14 @@ pub fn overlap(a: &str, b: &str) -> bool {
     a.split(AND).any(|a| b.split(AND).any(|b| a == b))
 }
 
+/// Whether a device lies on a disk that rotates.
+pub fn rotates(path: &Path) -> bool {
+    let Ok(meta) = fs::metadata(path) else { return false };
+    let dev = (major(meta.rdev()), minor(meta.rdev()));
+    let Ok(own) = fs::canonicalize(format!("/sys/dev/block/{}:{}", dev.0, dev.1)) else { return false };
+    wholes(&own).iter().any(|whole| attribute(whole, "queue/rotational").as_deref() == Some("1"))
+}
+
 /// Looks a device up. `Err`: it cannot be used as a disk, and why.
 pub fn look_up(path: &Path) -> Result<Device, DiskError> {
     let path = path.canonicalize().map_err(DiskError::Path)?;

@@ -147,6 +147,13 @@ impl Disks {
     }
 }
 
+impl Disk {
+    /// Whether it has platters, or lies on a disk that has; what cannot be told has none.
+    pub fn rotates(&self) -> bool {
+        device::rotates(&self.device)
+    }
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;

@@ -5,12 +5,14 @@
 //! disks: found, failed -------+--> the task -------+
 //!                                                  +--> report: status, conditions, what a person should know (report.rs)
 //!                                                  +--> scrub: what a person wants compared (scrub.rs)
+//!                                                  +--> slow: which leg writes may be behind on (slow.rs)
 //! ```
 //! The mirror never waits for any of this.
 
 mod rebuild;
 pub(crate) mod report;
 mod scrub;
+mod slow;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -210,6 +212,7 @@ impl<S: Store> Node<S> {
         let mut disks = self.disks.changes();
         let (mut closing, mut annotations) = (open.closing.subscribe(), open.annotations.subscribe());
         let mut scrubs = scrub::Scrubs::default();
+        let mut write_behind = false;
         let mut health = None;
         let mut patience = rebuild::Patience::default();
         loop {
@@ -226,6 +229,7 @@ impl<S: Store> Node<S> {
                     Err(TryRecvError::Closed) => return,
                 }
             }
+            self.mind_slow_leg(&open, &snapshot, &mut write_behind).await;
             let legs_changed = self.fill_legs(&open, &snapshot, &mut patience).await;
             // The mirror is not kept waiting for whoever keeps the objects.
             let mut scrub_ended = false;

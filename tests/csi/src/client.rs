@@ -99,6 +99,14 @@ impl Client {
         Ok(answer.volume.expect("an answer has a volume"))
     }
 
+    /// CreateVolume with parameters of a StorageClass: the volume's id.
+    pub async fn create_with(&self, name: &str, bytes: u64, parameters: &[(&str, &str)]) -> Result<String, Status> {
+        let mut request = create_request(name, bytes, None);
+        request.parameters = parameters.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let answer = self.controller().create_volume(request).await?.into_inner();
+        Ok(answer.volume.expect("an answer has a volume").volume_id)
+    }
+
     /// DeleteVolume.
     pub async fn delete(&self, id: &str) -> Result<(), Status> {
         let request = DeleteVolumeRequest { volume_id: id.into(), ..Default::default() };
