@@ -56,8 +56,9 @@ pub struct VolumeSpec {
 pub struct Settings {
     /// How many threads, each with a ring and payload memory of its own; at least 1.
     pub threads: usize,
-    /// Entries of each thread's submission ring, from 1 to 32768; the kernel makes it a power of two, and the completion ring twice as long. What
-    /// does not fit is submitted in several system calls: a small ring is slower, and nothing else.
+    /// Entries of each thread's submission ring, from 1 to 32768; the kernel makes it a power of two. The completion ring has 128 times as many, up to 65536.
+    /// A full ring is submitted at once, an emptier one when the thread has nothing else to do: the disks begin with the first of many
+    /// requests while the thread still takes up the others.
     pub ring_entries: u32,
     /// What each mirror bounds itself by.
     pub limits: Limits,
@@ -65,7 +66,7 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { threads: 1, ring_entries: 1024, limits: Limits::default() }
+        Self { threads: 1, ring_entries: 16, limits: Limits::default() }
     }
 }
 

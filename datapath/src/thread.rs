@@ -23,6 +23,11 @@ use crate::{buffers::Pool, volume};
 /// has room for, and 256 discards of each of a dozen busy volumes.
 const WAITING_WORKERS: u32 = 4096;
 
+/// Completions that a ring has room for, for each submission. The kernel keeps what does not fit, one by one: slower, and nothing else.
+const COMPLETIONS: u32 = 128;
+/// The kernel has no larger completion ring.
+const MOST_COMPLETIONS: u32 = 65536;
+
 /// Allows the calling thread's rings so many workers: it is the thread that has them, whichever of its rings is asked.
 fn allow_workers(bounded: u32) -> io::Result<()> {
     io_uring::IoUring::new(1)?.submitter().register_iowq_max_workers(&mut [bounded, 0])
@@ -53,7 +58,7 @@ impl Thread {
         std::thread::Builder::new().name(format!("datapath-{number}")).spawn(move || {
             let mut ring = tokio_uring::uring_builder();
             // Completions wait for our next system call instead of interrupting us. Never DEFER_TASKRUN: with this runtime I/O hangs.
-            ring.setup_coop_taskrun().setup_single_issuer();
+            ring.setup_coop_taskrun().setup_single_issuer().setup_cqsize(ring_entries.saturating_mul(COMPLETIONS).min(MOST_COMPLETIONS));
             tokio_uring::builder().entries(ring_entries).uring_builder(&ring).start(async move {
                 if let Err(error) = allow_workers(WAITING_WORKERS) {
                     warn!(%error, "a disk that hangs may hold up the others");

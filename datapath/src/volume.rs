@@ -474,28 +474,32 @@ impl Volume {
                     }
                     continue;
                 }
-                let mut slot = landing.borrow_mut();
-                let Some(mut buffer) = slot.take() else { break };
+                let Some(mut buffer) = landing.take() else { break };
                 let start = PAGE - fuse::WRITE_HEAD;
-                match self.fuse.read(&mut buffer.bytes_mut()[start..]) {
+                let read = self.fuse.read(&mut buffer.bytes_mut()[start..]);
+                let left = match read {
                     // Its buffer is gone with what panicked; there is always another one.
-                    Ok(len) => *slot = self.guard(|| self.request(buffer, start, len)).flatten(),
+                    Ok(len) => self.guard(|| self.request(buffer, start, len)).flatten(),
+                    Err(_) => Some(buffer),
+                };
+                let large_write = left.is_none();
+                landing.replace(left);
+                match read {
+                    // The disks begin with it while the next one is copied, which takes about as long.
+                    Ok(_) if large_write => submitted().await,
+                    // A request was taken back before it was read.
+                    Ok(_) | Err(rustix::io::Errno::NOENT | rustix::io::Errno::INTR) => {}
                     Err(rustix::io::Errno::WOULDBLOCK) => {
-                        *slot = Some(buffer);
                         ready.clear_ready();
                         break;
                     }
-                    // A request was taken back before it was read.
-                    Err(rustix::io::Errno::NOENT | rustix::io::Errno::INTR) => *slot = Some(buffer),
                     Err(errno) => {
-                        *slot = Some(buffer);
                         if errno != rustix::io::Errno::NODEV {
                             error!(%errno, "reading requests failed");
                         }
                         return;
                     }
                 }
-                drop(slot);
                 if self.closed.get() {
                     return;
                 }
@@ -572,6 +576,11 @@ impl Volume {
         self.entries.borrow_mut().insert(tag, Entry { pending: Pending::Fuse { unique, answer }, payload, renewed: 0 });
         self.handle(Event::Submit { tag, request });
     }
+}
+
+/// What the ring has goes to the kernel now, not when the thread has nothing else to do.
+async fn submitted() {
+    drop(tokio_uring::no_op().await);
 }
 
 /// Its progress is worth a look.
