@@ -275,7 +275,10 @@ fn without_witness(found: &[Found], newest: &Found) -> Result<Record, Refusal> {
         return Err(Refusal::NoWitness(newest.superblock.leg));
     };
     let theirs = other.superblock.record.name;
-    if theirs.epoch == record.name.epoch && theirs != record.name || !record.follows(own.other(), theirs) {
+    // A leg that is not IN by its own word has not gone on alone: an empty one that is being attached knows of no record.
+    let counted = other.superblock.record.members.iter().any(|m| m.leg == other.superblock.leg && m.state == MemberState::In);
+    let apart = theirs.epoch == record.name.epoch && theirs != record.name || !record.follows(own.other(), theirs);
+    if counted && apart {
         return Err(Refusal::SplitBrain(newest.superblock.leg, other.superblock.leg));
     }
     // Both are there, so nobody can know more. An older leg that the newer record counts has missed nothing that was acked: the

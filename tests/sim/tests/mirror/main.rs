@@ -4,6 +4,7 @@
 mod bad_blocks;
 mod behind;
 mod cap;
+mod changes;
 mod crash;
 mod deadlines;
 mod errors;
