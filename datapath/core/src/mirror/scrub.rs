@@ -140,12 +140,15 @@ impl Mirror {
         if scrubbing.step == Step::Buffer {
             return self.read_scrubbed(out);
         }
-        let early = scrubbing.resume_at.is_some_and(|at| self.now < at);
-        // Repairs that it asked for come first, so that there are never more than a piece has blocks.
-        if scrubbing.step != Step::Idle || early || copying || repairing || crowded || !both_in {
+        if scrubbing.resume_at.is_some_and(|at| self.now < at) {
             return;
         }
+        // What it waits for now is no time: the clock must not be asked again and again.
         scrubbing.resume_at = None;
+        // Repairs that it asked for come first, so that there are never more than a piece has blocks.
+        if scrubbing.step != Step::Idle || copying || repairing || crowded || !both_in {
+            return;
+        }
         self.next_scrub_piece(out);
     }
 

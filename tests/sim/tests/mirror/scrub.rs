@@ -3,7 +3,7 @@
 use lockstep_core::{
     assembly::Limits,
     io::{Fill, LegOp, Notice, Request},
-    status::{LegState, Scrub, ScrubState},
+    status::{LegState, Scrub, ScrubState, Sync},
     units::{BlockRange, Errno, LegId, Slot, Tag},
 };
 use lockstep_sim::{Rng, World};
@@ -314,6 +314,38 @@ fn rule_30_scrub_stands_still_while_a_leg_is_filled_and_goes_on_when_it_is_full(
     }
     world.settle();
     assert_eq!((world.answers[&asked], report(&world).compared), (Ok(()), 300));
+}
+
+#[test]
+fn rule_30_a_scrub_that_waits_for_a_resync_does_not_ask_the_clock_again_and_again() {
+    let limits = Limits { scrub_blocks_per_second: 100, ..Limits::default() };
+    let mut world = World::with_limits(1, limits);
+    world.settle();
+    world.write(range(0, 250));
+    world.settle();
+    let asked = scrub(&mut world, None);
+    run_dry(&mut world);
+    assert_eq!(report(&world).compared, 128, "it rests after the first piece");
+    // The legs come to differ, and are made equal.
+    world.write(range(0, 8));
+    run_dry(&mut world);
+    world.write(range(0, 8));
+    world.disks.iter_mut().for_each(|disk| disk.dead = true);
+    for (io, ..) in world.in_flight() {
+        world.finish(io);
+    }
+    world.disks.iter_mut().for_each(|disk| disk.dead = false);
+    let mut ticks = 0;
+    while world.mirror.status().sync == Sync::Resync {
+        world.sleep(2000);
+        world.tick();
+        assert!(world.mirror.next_deadline().is_none_or(|at| at > world.now()), "it wants to be woken at once, and again");
+        ticks += 1;
+        world.step();
+    }
+    assert!(ticks > 3, "it was never held up");
+    world.settle();
+    assert_eq!((world.answers[&asked], report(&world).compared), (Ok(()), 250));
 }
 
 #[test]
