@@ -4,6 +4,7 @@ export CARGO_TARGET_DIR ?= $(HOME)/.cache/lockstep/target
 .PHONY: help fmt check test sim fuzz mutants native csi demo bench deny
 SEEDS ?= 10000
 FUZZ_SECONDS ?= 600
+FIRST ?= 0
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,14 +18,14 @@ check: ## Formatting, lints, unit and simulator tests: minutes, no root (needs G
 test: ## Every tier, as CI runs it, and a table of them
 	tests/run
 
-sim: ## Random histories of the mirror on simulated disks (SEEDS=N)
-	SIM_SEEDS=$(SEEDS) cargo test -p lockstep-sim --locked --test mirror random -- --nocapture
+sim: ## Random histories of the mirror in the simulator: what they reach, and that no oracle breaks (SEEDS=N FIRST=N)
+	cargo run --quiet --release --locked -p lockstep-sim --bin sim -- --seeds $(SEEDS) --first $(FIRST)
 
 fuzz: ## The decoders on what a fuzzer thinks of, each for FUZZ_SECONDS=N
 	FUZZ_SECONDS=$(FUZZ_SECONDS) tests/run fuzz
 
-mutants: ## Break the core on purpose, patch by patch, and see a test fail
-	tests/run mutants
+mutants: ## Break the core on purpose, patch by patch: a named test fails, and the simulator's oracles alone notice
+	MUTANTS= tests/run mutants
 
 native: ## The datapath on loop disks with XFS, under fio (needs root)
 	tests/run native

@@ -2,7 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use lockstep_core::{COPY_WINDOW, units::BlockRange};
+use lockstep_core::{
+    COPY_WINDOW,
+    io::{Buffer, LegOp},
+    units::BlockRange,
+};
 
 /// What one leg has in flight.
 #[derive(Clone, Copy, Debug, Default)]
@@ -13,13 +17,13 @@ pub struct InFlight {
     pub flushes: u64,
     /// Superblocks.
     pub superblocks: u64,
-    /// Bitmap pages.
-    pub pages: u64,
     /// Lists of bad blocks.
     pub lists: u64,
+    /// Bitmap pages.
+    pub pages: u64,
 }
 
-/// One request has one piece of work on a leg, a copy one on one leg; flushes, superblocks and each bitmap page go one at a time.
+/// One request has one piece of work on a leg, a copy one on one leg; flushes, superblocks, lists and each bitmap page go one at a time.
 pub fn in_flight(leg: InFlight, requests: u64, pages: u64) -> Result<(), String> {
     let within =
         leg.data <= requests + u64::from(COPY_WINDOW) && leg.flushes <= 1 && leg.superblocks <= 1 && leg.lists <= 1 && leg.pages <= pages;
@@ -46,6 +50,36 @@ pub fn exclusive(new: BlockRange, in_flight: impl Iterator<Item = BlockRange>) -
     for other in in_flight {
         if other.overlaps(new) {
             return Err(format!("{new:?} is written while {other:?} is under way to the same leg"));
+        }
+    }
+    Ok(())
+}
+
+/// A part of a memory that I/O uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Which blocks of it.
+    pub blocks: BlockRange,
+    /// The I/O fills it.
+    pub filled: bool,
+}
+
+/// What an operation does with its memory.
+pub fn memory(op: &LegOp) -> Option<Part> {
+    let (range, buffer, filled) = match op {
+        LegOp::Read { range, buffer } => (range, buffer, true),
+        LegOp::Write { range, buffer, .. } => (range, buffer, false),
+        _ => return None,
+    };
+    let (Buffer::Request { skip, .. } | Buffer::Copy { skip, .. }) = *buffer;
+    Some(Part { blocks: BlockRange::new(skip, skip + range.len()), filled })
+}
+
+/// What one I/O fills, late or not, belongs to it until it ends (mirror rule 27).
+pub fn unshared(new: Part, others: impl Iterator<Item = Part>) -> Result<(), String> {
+    for other in others {
+        if other.blocks.overlaps(new.blocks) && (other.filled || new.filled) {
+            return Err(format!("memory that is in use as {other:?} is given to {new:?}"));
         }
     }
     Ok(())

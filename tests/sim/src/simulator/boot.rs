@@ -13,7 +13,7 @@ use lockstep_core::{
 
 use super::{
     End, State, VOLUME,
-    disk::Disk,
+    disk::{BITMAP_AT, Disk, LIST_AT},
     machine::{Asked, Machine, Op},
     script::Crash,
 };
@@ -70,7 +70,7 @@ impl Machine {
             && !self.may_differ
             && self.disks.iter().all(|disk| !disk.trouble.lies && !disk.trouble.gone);
         if self.broken.is_none() {
-            self.crash(Crash { power: true, missing: 0, witness_lost: false, blank: None });
+            self.crash(Crash::plain(true));
             self.clean = clean;
             if clean && self.broken.is_none() && self.status.dirty_regions > 0 {
                 self.breaks("bounds", "regions are dirty after a clean stop");
@@ -122,7 +122,26 @@ impl Machine {
             self.disks[disk].replace(Vec::new());
             *self.coverage.crashes.entry("a disk comes back blank").or_default() += 1;
         }
+        for disk in (0..self.disks.len()).filter(|disk| crash.bits_damaged & (1 << disk) != 0) {
+            self.disks[disk].damage(BITMAP_AT);
+            *self.coverage.crashes.entry("a bitmap page goes bad").or_default() += 1;
+        }
+        if crash.lists_damaged {
+            self.refuse_without_lists();
+        }
         self.start(crash, Some(record), &lying);
+    }
+
+    /// When nobody knows which blocks are bad, nothing is assembled (mirror rule 22).
+    fn refuse_without_lists(&mut self) {
+        *self.coverage.crashes.entry("the lists of bad blocks go bad").or_default() += 1;
+        let kept = self.disks.clone();
+        self.disks.iter_mut().for_each(|disk| disk.damage(LIST_AT));
+        let there = (0..self.disks.len()).filter(|disk| !self.disks[*disk].trouble.gone).collect();
+        if self.boot(&there).is_ok() {
+            self.breaks("bad blocks", "assembled, and no list of bad blocks is valid");
+        }
+        self.disks = kept;
     }
 
     fn writes_metadata(&self) -> bool {
@@ -160,7 +179,9 @@ impl Machine {
     fn spared(&self, record: &Record, slot: Slot, lying: &[usize]) -> Option<usize> {
         let other = record.members[slot.other().index()];
         let disk = self.disk_of(record.members[slot.index()].leg)?;
-        let carried = other.state == MemberState::In && self.disk_of(other.leg).is_some_and(|disk| !lying.contains(&disk));
+        // Beside a damaged slot of the witness every leg is asked.
+        let carried =
+            !self.witness.doubtful && other.state == MemberState::In && self.disk_of(other.leg).is_some_and(|disk| !lying.contains(&disk));
         carried.then_some(disk)
     }
 
@@ -181,9 +202,10 @@ impl Machine {
             self.witness.lose();
         }
         let lost = self.record().is_none();
-        // Who must be there: any leg that the witness counts; without a witness, all that can know.
-        let expected = if lost { first == there } else { first.iter().any(counted) };
-        let sorry = lost && self.both_members(&first);
+        // Who must be there: any leg that the witness counts; without a witness, or beside a slot of it that may be the newest, all that can know.
+        let unsure = lost || self.witness.doubtful;
+        let expected = if unsure { first == there } else { first.iter().any(counted) };
+        let sorry = lost && self.both_members(&first) || !lost && unsure;
         match self.boot(&first) {
             Ok(()) if !expected && !sorry => {
                 return self.breaks("no stale leg", format!("assembled from disks {first:?}, none of which may say who counts"));
@@ -233,6 +255,7 @@ impl Machine {
             order.swap(i, self.rng.below(i as u64 + 1) as usize);
         }
         self.boots += 1;
+        self.witnessed = self.record().is_some();
         let metas: Vec<&[u8]> = order.iter().map(|disk| self.disks[*disk].meta()).collect();
         let seed = u128::from(self.boots) << 64 | u128::from(self.rng.below(u64::MAX));
         let assembly = Assembly {

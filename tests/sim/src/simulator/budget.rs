@@ -5,7 +5,7 @@ use lockstep_core::{
     io::{Fill, LegOp, Outcome, Request},
     membership::MemberState,
     status::LegState,
-    units::{BlockRange, Errno, IoId, Slot},
+    units::{Errno, IoId, Slot},
 };
 
 use super::{
@@ -16,14 +16,16 @@ use super::{
 
 impl Machine {
     /// Whether the leg in a slot is sound, and counts by memory and by the witness.
-    fn carries(&self, slot: Slot) -> bool {
+    pub(super) fn carries(&self, slot: Slot) -> bool {
         let Some(disk) = self.place[slot.index()] else { return false };
         let sound = self.disks[disk].trouble.is_sound();
         let failing = |work: &super::machine::Work| {
             work.disk.is_some_and(|(on, _)| on == disk) && matches!(work.ended, Some((Outcome::Failed(_), _)))
         };
         let quiet = !self.work.values().any(failing);
-        let counts = self.status.ready && self.status.legs[slot.index()].state == LegState::In && self.counted().contains(&slot);
+        // A detach that waits for assembly takes the leg OUT yet.
+        let leaves = self.asked.values().any(|asked| matches!(asked, Asked::Detach { slot: leaving } if *leaving == slot));
+        let counts = !leaves && self.witnessed && self.status.legs[slot.index()].state == LegState::In && self.counted().contains(&slot);
         sound && quiet && counts
     }
 
@@ -45,9 +47,9 @@ impl Machine {
             | Fault::Lies(slot)
             | Fault::Freeze(slot) => Some(slot),
             Fault::NoSpace(None, _)
-            | Fault::SourceUnreadable(_)
             | Fault::BusReset
             | Fault::LastLeg
+            | Fault::LastUnreadable(_)
             | Fault::WitnessErrors(_)
             | Fault::Flaky(_) => None,
         };
@@ -91,12 +93,6 @@ impl Machine {
             Fault::NoSpace(Some(_), _) => "one leg full",
             Fault::Lies(_) => "flushes lie",
             Fault::Freeze(_) => "disk hangs",
-            Fault::SourceUnreadable(range) => {
-                if !self.source_unreadable(range) {
-                    return;
-                }
-                "the source of a rebuild unreadable"
-            }
             Fault::NoSpace(None, n) => {
                 self.place.into_iter().flatten().for_each(|disk| self.disks[disk].trouble.no_space = n);
                 "both legs full"
@@ -112,6 +108,11 @@ impl Machine {
                     return;
                 }
                 "EIO of the last leg"
+            }
+            Fault::LastUnreadable(range) => {
+                let Some(disk) = self.lone().filter(|disk| self.disks[*disk].trouble.is_sound()) else { return };
+                self.disks[disk].trouble.unreadable.extend(range.start..range.end);
+                "unreadable blocks of the last leg"
             }
             Fault::WitnessErrors(n) => {
                 self.witness_errors = n;
@@ -148,28 +149,25 @@ impl Machine {
         !ios.is_empty()
     }
 
+    /// Everything, or clients' writes only: those that fail on both legs while a resync goes on.
     fn bus_reset(&mut self) -> bool {
-        self.fail_in_flight(|_, _| true)
-    }
-
-    /// The only good copy of something is gone: that it reads as an error until it is overwritten is all that can be had (mirror rule 22).
-    fn source_unreadable(&mut self, range: BlockRange) -> bool {
-        let is = |slot: Slot, state| self.status.legs[slot.index()].state == state;
-        let source = Slot::BOTH.into_iter().find(|slot| is(*slot, LegState::In) && is(slot.other(), LegState::Recovering));
-        let Some(disk) = source.and_then(|slot| self.place[slot.index()]) else { return false };
-        self.disks[disk].trouble.unreadable.extend(range.start..range.end);
-        self.lost.extend(range.start..range.end);
-        true
+        let everything = self.rng.once_in(2);
+        self.fail_in_flight(|_, kind| everything || matches!(kind, Kind::Write | Kind::WriteFua))
     }
 
     /// Data only: metadata of the last leg is what the mirror gives up on, as after a bus reset.
     fn last_leg(&mut self) -> bool {
-        let carrying: Vec<Slot> = Slot::BOTH.into_iter().filter(|slot| self.status.legs[slot.index()].state == LegState::In).collect();
-        let [slot] = carrying[..] else { return false };
-        let Some(last) = self.place[slot.index()] else { return false };
+        let Some(last) = self.lone() else { return false };
         self.fail_in_flight(|disk, kind| {
             disk == last && matches!(kind, Kind::Write | Kind::WriteFua | Kind::Zero | Kind::Read | Kind::CopyRead)
         })
+    }
+
+    /// The disk of the only leg that counts.
+    pub(super) fn lone(&self) -> Option<usize> {
+        let carrying: Vec<Slot> = Slot::BOTH.into_iter().filter(|slot| self.status.legs[slot.index()].state == LegState::In).collect();
+        let [slot] = carrying[..] else { return None };
+        self.place[slot.index()]
     }
 
     /// What is broken works again, with what it holds. A disk that lied stays what it is until it is blank.
@@ -230,7 +228,7 @@ impl Machine {
 
     pub(super) fn detach(&mut self, slot: Slot) {
         if self.may_fail(slot) {
-            self.ask("detach", Asked::Other, Request::Detach(slot));
+            self.ask("detach", Asked::Detach { slot }, Request::Detach(slot));
         }
     }
 

@@ -67,9 +67,9 @@ pub enum Kind {
     /// Metadata.
     Superblock,
     /// Metadata.
-    Bitmap,
-    /// Metadata.
     BadBlocks,
+    /// Metadata.
+    Bitmap,
     /// Metadata.
     Witness,
     /// Of two buffers of its own, for a scrub.
@@ -78,7 +78,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Read,
         Self::Write,
         Self::WriteFua,
@@ -88,9 +88,10 @@ impl Kind {
         Self::NextData,
         Self::Flush,
         Self::Superblock,
-        Self::Bitmap,
         Self::BadBlocks,
+        Self::Bitmap,
         Self::Witness,
+        Self::Compare,
     ];
 }
 
@@ -123,31 +124,97 @@ impl End {
         [Self::Done, Self::HostFault, Self::Short, Self::Error, Self::Gone, Self::NoSpace, Self::Lied, Self::Killed, Self::PowerCut];
 }
 
-/// Why a cell of the table stays empty; `None`: it should be reached sooner or later.
-pub fn forbidden(state: State, kind: Kind, end: End) -> Option<&'static str> {
-    let client = matches!(kind, Kind::Read | Kind::Write | Kind::WriteFua);
-    let copies = matches!(kind, Kind::CopyRead | Kind::CopyWrite | Kind::NextData);
-    let metadata = matches!(kind, Kind::Superblock | Kind::Bitmap | Kind::BadBlocks | Kind::Witness);
-    match (kind, end) {
-        _ if state == State::Assembling && (client || copies || matches!(kind, Kind::Flush | Kind::Zero)) => {
-            Some("a: nothing is served yet")
-        }
-        _ if state == State::GivenUp && (kind != Kind::Read || end == End::NoSpace) => Some("b: only what was under way ends (rule 15)"),
-        (_, End::Short) if !matches!(kind, Kind::Read | Kind::Write | Kind::WriteFua | Kind::CopyRead | Kind::CopyWrite) => {
-            Some("c: only data has a count")
-        }
-        (_, End::NoSpace) if !matches!(kind, Kind::Write | Kind::WriteFua | Kind::Zero | Kind::CopyWrite) => {
-            Some("d: it allocates nothing (rule 28)")
-        }
-        (_, End::Lied) if kind != Kind::Flush => Some("e: only a flush can be skipped unseen"),
-        (Kind::Witness, End::HostFault | End::Gone) => Some("f: the node's disk fails or not"),
-        (Kind::NextData, _) if matches!(state, State::Healthy | State::Degraded) => Some("g: only resync and rebuild search"),
-        (Kind::CopyRead | Kind::CopyWrite, _) if state == State::Degraded => Some("h: one leg has nothing to copy to"),
-        (Kind::Read, End::NoSpace) => Some("d"),
-        _ if metadata && end == End::Lied => Some("e"),
-        _ => None,
-    }
+/// Why a cell of the table is empty; `None`: it is reached sooner or later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Empty {
+    /// A rule, or the fault budget, forbids it: the run fails if it is reached.
+    Forbidden(char, &'static str),
+    /// It needs a moment that few runs have.
+    Rare(char, &'static str),
 }
+
+/// See `Empty`.
+pub fn empty(state: State, kind: Kind, end: End) -> Option<Empty> {
+    use Empty::{Forbidden, Rare};
+    let data = matches!(kind, Kind::Read | Kind::Write | Kind::WriteFua | Kind::CopyRead | Kind::CopyWrite);
+    let allocates = matches!(kind, Kind::Write | Kind::WriteFua | Kind::Zero | Kind::CopyWrite);
+    let metadata = matches!(kind, Kind::Superblock | Kind::BadBlocks | Kind::Bitmap | Kind::Witness);
+    Some(match (state, kind, end) {
+        (_, _, End::Short) if !data => Forbidden('c', "only data has a count (rule 6)"),
+        (_, _, End::NoSpace) if !allocates => Forbidden('d', "it allocates nothing: metadata is preallocated (rules 10, 28)"),
+        (_, _, End::Lied) if kind != Kind::Flush => Forbidden('e', "only a flush can be skipped unseen"),
+        (_, Kind::Witness, End::HostFault | End::Gone) => Forbidden('f', "the node's disk fails or does not (rule 10)"),
+        (_, Kind::Compare, _) if !matches!(end, End::Done | End::Killed | End::PowerCut) => {
+            Forbidden('l', "it is done in memory: nothing of it can fail (rule 30)")
+        }
+        (State::Assembling, _, _) if !metadata => Forbidden('a', "nothing is served before the record is durable (rule 9)"),
+        (State::Healthy | State::Resync, Kind::Witness, _) => Forbidden('i', "who counts does not change while both count (rule 9)"),
+        (State::Rebuild | State::FullRebuild, Kind::NextData, End::Gone) => {
+            Forbidden('j', "the source is the only good copy: the budget keeps it, but for blocks that cannot be read (rule 22)")
+        }
+        (State::GivenUp, _, End::Gone | End::NoSpace | End::Lied) => {
+            Forbidden('k', "it gave up because the last leg failed: the budget lets no more disks fail (rule 15)")
+        }
+        (State::Resync | State::Degraded | State::Rebuild | State::FullRebuild, Kind::Compare, _) => {
+            Rare('t', "rare: a scrub waits for the end of a resync, and ends when a leg is lost (rule 30)")
+        }
+        (State::GivenUp, _, _) => Rare('r', "rare: what was under way when it gave up ends (rule 15)"),
+        (_, Kind::Witness, End::Killed | End::PowerCut) | (State::Rebuild | State::FullRebuild, Kind::Bitmap | Kind::Superblock, _) => {
+            Rare('s', "rare: a crash or fault between two steps of a change of who counts (rules 9, 23)")
+        }
+        _ => return None,
+    })
+}
+
+const OPERATIONS: &[&str] = &["read", "write", "write fua", "zero", "flush", "attach", "detach", "grow", "stop", "invalid", "scrub"];
+const CRASHES: &[&str] = &[
+    "power cut in assembly",
+    "power cut in resync",
+    "power cut in rebuild",
+    "power cut in a metadata write",
+    "power cut",
+    "kill in assembly",
+    "kill in resync",
+    "kill in rebuild",
+    "kill in a metadata write",
+    "kill",
+    "a disk comes back blank",
+    "the witness is lost",
+    "a bitmap page goes bad",
+    "the lists of bad blocks go bad",
+];
+const FAULTS: &[&str] = &[
+    "disk gone",
+    "EIO once or more",
+    "flush fails",
+    "metadata fails, torn",
+    "host faults in a row",
+    "unreadable blocks",
+    "unwritable blocks",
+    "one leg full",
+    "flushes lie",
+    "disk hangs",
+    "both legs full",
+    "bus reset",
+    "EIO of the last leg",
+    "unreadable blocks of the last leg",
+    "witness fails",
+    "host faults and short counts",
+];
+const OTHERS: &[&str] = &[
+    "resyncs completed",
+    "rebuilds completed",
+    "legs out",
+    "reads repaired",
+    "given up",
+    "writes failed on both",
+    "starts refused",
+    "blocks lost",
+    "late reads",
+    "pauses",
+    "scrubs completed",
+    "hung legs outlasted",
+];
 
 /// Counts.
 #[derive(Clone, Debug, Default)]
@@ -193,15 +260,22 @@ impl Coverage {
         missing.extend(State::ALL.iter().filter(|s| !reached(&|c| c.0 == **s)).map(|s| format!("state {s:?}")));
         missing.extend(Kind::ALL.iter().filter(|k| !reached(&|c| c.1 == **k)).map(|k| format!("effect {k:?}")));
         missing.extend(End::ALL.iter().filter(|e| !reached(&|c| c.2 == **e)).map(|e| format!("end {e:?}")));
-        for name in ["read", "write", "write fua", "zero", "flush", "attach", "detach", "grow", "stop"] {
-            if !self.operations.contains_key(name) {
-                missing.push(format!("operation {name}"));
-            }
+        for (names, counts) in [(OPERATIONS, &self.operations), (CRASHES, &self.crashes), (FAULTS, &self.faults), (OTHERS, &self.others)] {
+            missing.extend(names.iter().filter(|name| !counts.contains_key(**name)).map(|name| (*name).to_owned()));
         }
         missing
     }
 
-    /// The table: a line for each state and effect, a column for each end. A letter says why a cell must be empty.
+    /// Cells that were reached against the rule that forbids them.
+    pub fn forbidden(&self) -> Vec<String> {
+        let reached = self.cells.keys().filter_map(|(state, kind, end)| match empty(*state, *kind, *end) {
+            Some(Empty::Forbidden(_, why)) => Some(format!("{state:?} {kind:?} {end:?}, though {why}")),
+            _ => None,
+        });
+        reached.collect()
+    }
+
+    /// The table: a line for each state and effect, a column for each end. A letter says why a cell is empty.
     pub fn table(&self) -> String {
         let mut text = format!("{:<12}{:<12}", "state", "effect");
         let mut reasons = BTreeMap::new();
@@ -210,20 +284,17 @@ impl Coverage {
             text += &format!("\n{:<12}{:<12}", format!("{state:?}"), format!("{kind:?}"));
             for end in End::ALL {
                 let n = self.cells.get(&(state, kind, end)).copied().unwrap_or(0);
-                let cell = match forbidden(state, kind, end) {
-                    Some(why) if n == 0 => {
-                        let letter = why.split(':').next().unwrap_or_default();
-                        if why.len() > 1 {
-                            reasons.insert(letter, why);
-                        }
-                        letter.to_owned()
+                let cell = match empty(state, kind, end) {
+                    Some(Empty::Forbidden(letter, why) | Empty::Rare(letter, why)) if n == 0 => {
+                        reasons.insert(letter, why);
+                        letter.to_string()
                     }
                     _ => n.to_string(),
                 };
                 text += &format!("{cell:>10}");
             }
         }
-        reasons.values().for_each(|why| text += &format!("\n{why}"));
+        reasons.iter().for_each(|(letter, why)| text += &format!("\n{letter}: {why}"));
         text
     }
 }

@@ -13,7 +13,8 @@ use crate::world::Rng;
 
 /// Bytes of `meta` that are simulated: the superblocks and the first bitmap page.
 pub(super) const META: usize = 65536 + 8192;
-const BITMAP_AT: usize = 65536;
+pub(super) const BITMAP_AT: u64 = 65536;
+pub(super) const LIST_AT: u64 = 32768;
 /// A torn page comes through in pieces smaller than a record, so that the whole guarantee is the checksum's.
 const PIECE: usize = 32;
 
@@ -74,7 +75,7 @@ pub(super) struct Disk {
     /// The newest bitmap page's dirty regions.
     pub dirty: BTreeSet<u64>,
     /// The newest list of bad blocks.
-    pub bad: Vec<BlockRange>,
+    pub listed: BTreeSet<u64>,
 }
 
 impl Disk {
@@ -88,9 +89,9 @@ impl Disk {
             generation: 0,
             trouble: Trouble::default(),
             dirty: BTreeSet::new(),
-            bad: Vec::new(),
+            listed: BTreeSet::new(),
         };
-        disk.read_meta(true);
+        [0, LIST_AT, BITMAP_AT].into_iter().for_each(|at| disk.read_meta(at));
         disk
     }
 
@@ -191,21 +192,28 @@ impl Disk {
 
     pub(super) fn write_meta(&mut self, offset: u64, page: &[u8]) {
         self.meta[offset as usize..offset as usize + page.len()].copy_from_slice(page);
-        self.read_meta(offset as usize >= BITMAP_AT);
+        self.read_meta(offset);
+    }
+
+    /// Both slots of the page that begins here go bad.
+    pub(super) fn damage(&mut self, offset: u64) {
+        self.meta[offset as usize..offset as usize + 8192].fill(0x5a);
+        self.read_meta(offset);
     }
 
     pub(super) fn tear_meta(&mut self, rng: &mut Rng, offset: u64, page: &[u8]) {
         tear(rng, &mut self.meta, offset, page);
-        self.read_meta(offset as usize >= BITMAP_AT);
+        self.read_meta(offset);
     }
 
-    /// Checksums cost more than all else that a run does, so what `meta` says is looked up only when it changes.
-    fn read_meta(&mut self, bitmap: bool) {
-        if self.superblock.is_none() || !bitmap {
+    /// Checksums cost more than all else that a run does, so what `meta` says is looked up only when it changes, where it changes.
+    fn read_meta(&mut self, offset: u64) {
+        if offset < LIST_AT {
             self.superblock = format::superblock(&self.meta).ok().map(|(superblock, _)| superblock);
-            self.bad = format::bad_blocks(&self.meta, VOLUME, u64::MAX).map_or_else(Vec::new, |page| page.runs);
-        }
-        if bitmap {
+        } else if offset < BITMAP_AT {
+            let runs = format::bad_blocks(&self.meta, VOLUME, u64::MAX).map_or_else(Vec::new, |page| page.runs);
+            self.listed = runs.iter().flat_map(|run| run.start..run.end).collect();
+        } else {
             let bits = format::bitmap_page(&self.meta, VOLUME, 0).map_or_else(Vec::new, |page| page.bits);
             let bytes = bits.iter().enumerate().filter(|(_, byte)| **byte != 0);
             let set = bytes.flat_map(|(i, byte)| (0..8).filter(move |bit| byte & (1 << bit) != 0).map(move |bit| i as u64 * 8 + bit));
@@ -219,16 +227,19 @@ impl Disk {
 pub(super) struct Witness {
     bytes: Vec<u8>,
     record: Option<Record>,
+    /// A slot is damaged, and may have been the newest.
+    pub doubtful: bool,
 }
 
 impl Witness {
     pub(super) fn new(bytes: Vec<u8>) -> Self {
-        let mut witness = Self { bytes, record: None };
+        let mut witness = Self { bytes, record: None, doubtful: false };
         witness.look();
         witness
     }
 
     fn look(&mut self) {
+        self.doubtful = format::witness_is_doubtful(&self.bytes);
         self.record = format::witness(&self.bytes).ok().map(|(superblock, _)| superblock.record);
     }
 

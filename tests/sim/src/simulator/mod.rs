@@ -7,16 +7,19 @@
 //!   disk keeps what it flushed, and of each other block any version; metadata in flight is torn in pieces of 32 bytes).
 //! - One disk at a time is unsound: gone, blank after a crash, frozen, failing operations (having done a part of them), unreadable or
 //!   unwritable in places, full, or lying about flushes (then the next power cut leaves it blank: a disk that lies and stays is survived
-//!   by no mirror). D may become unsound only while E is sound and counts, by memory and by the witness. D stays unsound until
+//!   by no mirror). D may become unsound only while E is sound and counts, by memory and by the witness (in assembly
+//!   too, unless the witness was lost: then not before it is written again). D stays unsound until
 //!   the mirror was seen to be quiet with it, or it was started anew.
 //! - Host faults and short counts on every disk, fewer than the reissues in a row; more are the leg's.
-//! - A moment in which both disks fail what they have in flight, both disks full, an error of the last leg: no answer is lost, but
-//!   requests may end with errors. Otherwise a request that ends with an error breaks an oracle.
+//! - A moment in which both disks fail what they have in flight, both disks full, an error of the last leg, or blocks of it that cannot be
+//!   read: no answer is lost, but requests may end with errors. Otherwise a request that ends with an error breaks an oracle.
 //! - When the mirror gave up, because its last leg could not record who counts, what was not answered may change at the next start.
 //! - At a start, any disks may be missing, in any order. If none is there that the witness counts, assembly must refuse; if one is, it
-//!   must not. What is missing returns later, stale.
+//!   must not. What is missing returns later, stale. Beside a slot of the witness that was torn, or has gone bad, it may refuse until all are there.
 //! - The witness fails for a while; or is lost in a crash while both legs' disks are there and hold superblocks. Then assembly
 //!   must refuse one leg alone, and take both.
+//! - In a crash, both slots of bitmap pages go bad, on any disks: what they covered is dirty. When no list of bad blocks is valid, assembly must refuse.
+//! - The process stands still, for up to an hour, with I/O outstanding: nobody goes OUT.
 //! - The object's copy of the epoch lags.
 //!
 //! Not simulated: the witness or a disk put back from an old copy; two disks lost at once; memory that changes.
@@ -26,6 +29,7 @@ mod budget;
 mod coverage;
 mod disk;
 mod machine;
+mod rest;
 mod script;
 mod shell;
 
@@ -36,7 +40,7 @@ use std::{
 
 use lockstep_core::units::VolumeId;
 
-pub use coverage::{Coverage, End, Kind, State, forbidden};
+pub use coverage::{Coverage, Empty, End, Kind, State, empty};
 pub use script::{Action, Crash, Fault, Line, Profile, script};
 
 use machine::Machine;
@@ -119,6 +123,16 @@ pub fn explain(seed: u64, watch: Watch) -> Option<String> {
     text
 }
 
+/// The seeds that once found something, and what. They hold for one version of the script; what was wrong in the core has a named
+/// case too.
+pub fn regressions() -> impl Iterator<Item = (u64, &'static str)> {
+    let lines = include_str!("../../regressions.txt").lines().filter(|line| !line.starts_with('#') && !line.is_empty());
+    lines.map(|line| {
+        let (seed, what) = line.split_once(' ').unwrap_or((line, ""));
+        (seed.parse().unwrap_or_else(|error| panic!("{line}: {error}")), what.trim())
+    })
+}
+
 /// What many seeds reached.
 #[derive(Clone, Debug, Default)]
 pub struct Summary {
@@ -137,6 +151,30 @@ impl Summary {
         self.crashes.push(sum(&coverage.crashes));
         self.faults.push(sum(&coverage.faults));
         self.coverage.add(coverage);
+    }
+
+    /// Adds another one to it.
+    pub fn merge(&mut self, other: Self) {
+        self.operations.extend(other.operations);
+        self.crashes.extend(other.crashes);
+        self.faults.extend(other.faults);
+        self.coverage.add(&other.coverage);
+    }
+
+    /// How many were added.
+    pub fn seeds(&self) -> usize {
+        self.operations.len()
+    }
+
+    /// What a run must reach and this one did not: kinds, and what a seed is to have at the median.
+    pub fn missing(&self) -> Vec<String> {
+        let mut missing = self.coverage.missing();
+        for (median, (least, what)) in self.medians().iter().zip([(500, "client operations"), (3, "crashes"), (2, "other faults")]) {
+            if *median < least {
+                missing.push(format!("{least} {what} in a seed, at the median"));
+            }
+        }
+        missing
     }
 
     /// Medians per seed: client operations, crashes, other faults.

@@ -1,7 +1,10 @@
 //! What a run does: a list of actions, made from the seed before it starts. Every action brings its own randomness, so that those that are
 //! left when others are dropped do the same as before, as far as they can.
 
-use lockstep_core::units::{BlockRange, Slot};
+use lockstep_core::{
+    format::REGION_BLOCKS,
+    units::{BlockRange, Slot},
+};
 
 use crate::world::Rng;
 
@@ -20,8 +23,6 @@ pub enum Fault {
     HostFaults(Slot, u8),
     /// Reads fail there.
     Unreadable(Slot, BlockRange),
-    /// Reads of the only leg that counts fail there while the other one is filled.
-    SourceUnreadable(BlockRange),
     /// Writes fail there.
     Unwritable(Slot, BlockRange),
     /// So many writes find no space, on one leg or on both.
@@ -30,6 +31,8 @@ pub enum Fault {
     BusReset,
     /// A data write of the only leg that counts fails once.
     LastLeg,
+    /// Reads of the only leg that counts fail there.
+    LastUnreadable(BlockRange),
     /// The disk does not flush, and is blank after the next power cut.
     Lies(Slot),
     /// It answers nothing for a while.
@@ -51,6 +54,17 @@ pub struct Crash {
     pub witness_lost: bool,
     /// This disk comes back blank.
     pub blank: Option<Slot>,
+    /// Disks both of whose slots of the bitmap page have gone bad, as bits.
+    pub bits_damaged: u8,
+    /// Both slots of every list of bad blocks have gone bad, until they are put back.
+    pub lists_damaged: bool,
+}
+
+impl Crash {
+    /// Nothing else happens.
+    pub(super) const fn plain(power: bool) -> Self {
+        Self { power, missing: 0, witness_lost: false, blank: None, bits_damaged: 0, lists_damaged: false }
+    }
 }
 
 /// One line of a script.
@@ -68,6 +82,10 @@ pub enum Action {
     Step(u8),
     /// The clock goes to where the mirror waits for it.
     Tick,
+    /// The process stands still for so many seconds.
+    Pause(u64),
+    /// A client asks for what no volume has.
+    Invalid(BlockRange),
     /// Until all is quiet.
     Settle,
     /// Something goes wrong.
@@ -78,6 +96,8 @@ pub enum Action {
     Attach,
     /// The operator takes a leg out.
     Detach(Slot),
+    /// The legs are compared; the operator believes one of them.
+    Scrub(Option<Slot>),
     /// The volume grows by so many blocks.
     Grow(u64),
     /// A clean stop and a new start.
@@ -122,7 +142,7 @@ impl Profile {
             depth: [1, 3, 8, 32][rng.below(4) as usize],
             flaky: [0, 0, 12, 50][rng.below(4) as usize],
             early: [0, 2, 4][rng.below(3) as usize],
-            cap: [1, 2, 3, 256][rng.below(4) as usize],
+            cap: [1, 2, 3, 256, 256, 256][rng.below(6) as usize],
             hot,
             width: [2, 6, 24][rng.below(3) as usize].min(64 - 57 + 1),
         }
@@ -156,6 +176,16 @@ fn action(rng: &mut Rng, profile: &Profile) -> Action {
         607..=608 => Action::Grow(1 + rng.below(5000)),
         609 => Action::Stop,
         610..=614 => Action::Crash(crash(rng)),
+        621..=623 => Action::Scrub(rng.once_in(2).then(|| slot(rng))),
+        615..=617 => Action::Pause(1 + rng.below(3600)),
+        618..=620 => {
+            let start = profile.blocks + rng.below(1 << 20);
+            let empty = BlockRange::new(profile.hot[0], profile.hot[0]);
+            let across = BlockRange::new(profile.blocks - 1, profile.blocks + 3 * REGION_BLOCKS);
+            Action::Invalid(
+                [empty, across, BlockRange::new(start + 3 * REGION_BLOCKS, start + 3 * REGION_BLOCKS + 4)][rng.below(3) as usize],
+            )
+        }
         _ => Action::Step(1 + rng.below(8) as u8),
     }
 }
@@ -179,7 +209,7 @@ fn fault(rng: &mut Rng, profile: &Profile) -> Fault {
         11 => Fault::LastLeg,
         12 => Fault::Lies(slot),
         13 => Fault::Freeze(slot),
-        14 => Fault::SourceUnreadable(profile.range(rng)),
+        14 => Fault::LastUnreadable(profile.range(rng)),
         15 => Fault::WitnessErrors(1 + rng.below(9) as u8),
         _ => Fault::Flaky(4 + rng.below(20) as u8),
     }
@@ -191,6 +221,8 @@ fn crash(rng: &mut Rng) -> Crash {
         missing: if rng.once_in(2) { 0 } else { rng.below(8) as u8 },
         witness_lost: rng.once_in(6),
         blank: rng.once_in(8).then(|| slot(rng)),
+        bits_damaged: if rng.once_in(8) { 1 + rng.below(7) as u8 } else { 0 },
+        lists_damaged: rng.once_in(16),
     }
 }
 

@@ -6,20 +6,19 @@ use lockstep_core::{
     format::{self, REGION_BLOCKS, bitmap_pages},
     io::{Buffer, Effect, Effects, LegOp, Notice, Outcome},
     membership::MemberState,
-    status::LegState,
+    status::{LegState, ScrubState},
     units::{BlockRange, Errno, IoId, LegId, Slot, Tag},
 };
 
 use super::{
     End, Kind,
+    disk::{BITMAP_AT, LIST_AT},
     machine::{Asked, Machine, Memory, Op, Work},
 };
-use crate::oracles::{bounds, legs};
+use crate::oracles::{bounds, history::Covered, legs};
 
-/// Where the bitmap begins in `meta`.
-const BITMAP_AT: u64 = 65536;
-/// Where the list of bad blocks begins in `meta`.
-const BAD_BLOCKS_AT: u64 = 32768;
+/// Host faults in a row that no leg is blamed for: fewer than the mirror's reissues.
+const HOST_FAULTS: u8 = 7;
 
 fn kind(op: &LegOp) -> Kind {
     match op {
@@ -31,7 +30,7 @@ fn kind(op: &LegOp) -> Kind {
         LegOp::Zero { .. } => Kind::Zero,
         LegOp::Flush => Kind::Flush,
         LegOp::NextData { .. } => Kind::NextData,
-        LegOp::WriteMeta { offset, .. } if *offset < BAD_BLOCKS_AT => Kind::Superblock,
+        LegOp::WriteMeta { offset, .. } if *offset < LIST_AT => Kind::Superblock,
         LegOp::WriteMeta { offset, .. } if *offset < BITMAP_AT => Kind::BadBlocks,
         LegOp::WriteMeta { .. } => Kind::Bitmap,
     }
@@ -97,8 +96,15 @@ impl Machine {
         self.tell(|| format!("  ! {notice:?}"));
         match notice {
             Notice::WriteFailedOnBoth { .. } => self.may_differ = true,
+            Notice::BlocksLost { range } => {
+                if let Some(block) = (range.start..range.end).find(|block| self.unreadable.get(block).is_none_or(|times| *times < 2)) {
+                    self.breaks("bad blocks", format!("block {block} is given up, and two reads in a row did not fail"));
+                }
+                self.lost.extend(range.start..range.end);
+            }
             // The pinned leg could not be read there, and says what the other does from now on.
             Notice::ReadRepaired { range, .. } if self.may_differ => self.history.exception(Some(*range)),
+            Notice::Mismatch { range } => self.breaks("legs are identical", format!("a scrub says that they differ at {range:?}")),
             Notice::ResyncStarted { .. } if std::mem::take(&mut self.clean) => {
                 self.breaks("bounds", "a resync after a clean stop");
             }
@@ -109,7 +115,9 @@ impl Machine {
             Notice::RebuildCompleted { .. } => "rebuilds completed",
             Notice::LegOut { .. } => "legs out",
             Notice::ReadRepaired { .. } => "reads repaired",
+            Notice::ScrubEnded { result: Ok(()) } => "scrubs completed",
             Notice::ReadOnly { .. } => "given up",
+            Notice::BlocksLost { .. } => "blocks lost",
             Notice::WriteFailedOnBoth { .. } => "writes failed on both",
             _ => return,
         };
@@ -133,12 +141,18 @@ impl Machine {
             _ => Vec::new(),
         };
         let memory = match &op {
-            LegOp::Read { buffer, .. } => match self.named(*buffer) {
+            LegOp::Read { buffer, .. } | LegOp::Write { buffer, .. } => match self.named(*buffer) {
                 Some((memory, _)) => *memory,
                 None => return self.breaks("bounds", format!("{op:?} names a buffer that is not in use")),
             },
             _ => 0,
         };
+        let others = self.work.values().filter(|work| work.memory == memory).filter_map(|work| match &work.op {
+            Op::Leg(op) => bounds::memory(op),
+            _ => None,
+        });
+        let result = bounds::memory(&op).map_or(Ok(()), |part| bounds::unshared(part, others));
+        self.check("bounds", result);
         let here = Some((disk, self.disks[disk].generation));
         let op = Op::Leg(op);
         if let Some(range) = written(&op) {
@@ -170,8 +184,9 @@ impl Machine {
         });
         let disks = self.place.into_iter().flatten().map(|disk| self.disks[disk].dirty.clone());
         let before = disks.chain(pages).flatten().collect();
-        // One request of two regions may exceed a cap of one.
-        bounds::capped(&before, &dirty_in(page), self.profile.cap.max(2))
+        // One request of two regions may exceed a cap of one; a scrub's repair exceeds any by one.
+        let scrubs = u64::from(self.status.scrub.state == ScrubState::Running);
+        bounds::capped(&before, &dirty_in(page), self.profile.cap.max(2) + scrubs)
     }
 
     fn check_in_flight(&mut self, here: Option<(usize, u64)>) {
@@ -180,8 +195,8 @@ impl Machine {
             let n = match work.kind {
                 Kind::Flush => &mut count.flushes,
                 Kind::Superblock => &mut count.superblocks,
-                Kind::Bitmap => &mut count.pages,
                 Kind::BadBlocks => &mut count.lists,
+                Kind::Bitmap => &mut count.pages,
                 _ => &mut count.data,
             };
             *n += 1;
@@ -248,7 +263,7 @@ impl Machine {
         let range = written(&work.op);
         let once = match work.kind {
             Kind::Flush if take(&mut trouble.flush_errors) => true,
-            Kind::Superblock | Kind::Bitmap | Kind::BadBlocks if take(&mut trouble.meta_errors) => true,
+            Kind::Superblock | Kind::BadBlocks | Kind::Bitmap if take(&mut trouble.meta_errors) => true,
             _ => take(&mut trouble.errors),
         };
         if once {
@@ -275,9 +290,17 @@ impl Machine {
         };
         if gone {
             trouble.suspect = true;
+            self.excused |= self.lone() == Some(disk);
             return (Outcome::Failed(error), End::Gone);
         }
-        if self.profile.flaky > 0 && self.rng.once_in(self.profile.flaky) {
+        let place = match op {
+            LegOp::WriteMeta { offset, .. } => *offset,
+            LegOp::Read { range, .. } | LegOp::Write { range, .. } | LegOp::Zero { range } | LegOp::NextData { range } => range.end,
+            LegOp::Flush => 0,
+        };
+        let before = self.in_a_row.remove(&(disk, work.kind, place)).unwrap_or(0);
+        if self.profile.flaky > 0 && self.rng.once_in(self.profile.flaky) && before < HOST_FAULTS {
+            self.in_a_row.insert((disk, work.kind, place), before + 1);
             return self.flaky(disk, op, work);
         }
         self.do_all(disk, op, work)
@@ -312,7 +335,11 @@ impl Machine {
                     Buffer::Copy { index, skip } => (self.copies.get_mut(*index as usize), *skip as usize),
                 };
                 // Memory that nobody names any more takes what a late read brings.
-                if let Some((_, target)) = target.filter(|(memory, _)| *memory == work.memory) {
+                let named = target.filter(|(memory, _)| *memory == work.memory);
+                if named.is_none() {
+                    *self.coverage.others.entry("late reads").or_default() += 1;
+                }
+                if let Some((_, target)) = named {
                     target.resize(target.len().max(skip + values.len()), u64::MAX);
                     target[skip..skip + values.len()].copy_from_slice(&values);
                 }
@@ -384,6 +411,7 @@ impl Machine {
             let blocks: BTreeSet<u64> =
                 self.disks.iter().flat_map(|disk| disk.blocks()).filter(|block| (range.start..range.end).contains(block)).collect();
             for other in &others {
+                let blocks = blocks.difference(&self.disks[disk].listed).copied().collect();
                 self.compare(disk, *other, &blocks);
             }
         }
@@ -407,30 +435,35 @@ impl Machine {
         if let (Err(errno), Asked::Write { .. } | Asked::Read { .. } | Asked::Flush { .. }) = (result, &asked)
             && !self.excused
             && !self.stopping
-            && !self.may_be_lost(&asked)
+            && !self.is_lost(&asked)
         {
             self.breaks("availability", format!("{asked:?} ends with {errno:?} within the budget"));
         }
         match asked {
+            Asked::Invalid if !matches!(result, Err(Errno::EINVAL | Errno::EIO | Errno::ESHUTDOWN)) => {
+                self.breaks("errors are errors", format!("what no volume has is answered with {result:?}"));
+            }
             Asked::Write { range, id, zero, fua } => {
                 self.history.answered(id, range, result.is_ok(), fua);
                 if result.is_ok() {
-                    // It may have been written before it became unreadable, and answered after that.
-                    let bad = |block: &u64| self.disks.iter().any(|disk| disk.trouble.unreadable.contains(block));
-                    self.lost.retain(|block| !(range.start..range.end).contains(block) || bad(block));
+                    self.lost.retain(|block| !(range.start..range.end).contains(block));
                     let value = if zero { 0 } else { id };
                     let answered = self.with_counted(|legs| legs::write_answered(legs, range.start..range.end, value, fua));
                     self.check("answered on every leg that counts", answered);
                 }
             }
-            Asked::Read { range, floor, .. } if result.is_ok() => {
+            Asked::Read { range, floor, listed } if result.is_ok() => {
+                if let Some(block) = self.listed().intersection(&listed).next() {
+                    self.breaks("bad blocks", format!("block {block} is on the list of every leg that counts, and is read"));
+                }
                 let values = self.buffers.get(&tag).map(|(_, values)| values.clone()).unwrap_or_default();
                 let result = self.history.read(range, &floor, &values);
                 self.check("reads are linearizable", result);
             }
             Asked::Flush { covered } if result.is_ok() => {
-                let listed = |block: u64| self.disks.iter().any(|disk| disk.bad.iter().any(|run| (run.start..run.end).contains(&block)));
-                let covered: Vec<(u64, u64)> = covered.into_iter().filter(|(block, _)| !listed(*block)).collect();
+                // What no copy holds is not missed.
+                let listed = self.listed();
+                let covered: Covered = covered.into_iter().filter(|(block, _)| !listed.contains(block)).collect();
                 let durable = self.with_counted(|legs| {
                     legs::flush_answered(legs, &covered, |block, value, id| self.history.is_at_least(block, value, id))
                 });
@@ -447,13 +480,17 @@ impl Machine {
         }
     }
 
-    /// A read of what the only good leg could not read when it was to be copied (mirror rule 22).
-    fn may_be_lost(&self, asked: &Asked) -> bool {
-        matches!(asked, Asked::Read { range, lost, .. } if *lost || self.is_lost(*range))
+    /// What is on the list of every leg that counts.
+    pub(super) fn listed(&self) -> BTreeSet<u64> {
+        let mut lists = self.counted().into_iter().map(|slot| self.place[slot.index()].map(|disk| &self.disks[disk].listed));
+        let Some(Some(first)) = lists.next() else { return BTreeSet::new() };
+        let mut all = first.clone();
+        lists.for_each(|other| all.retain(|block| other.is_some_and(|other| other.contains(block))));
+        all
     }
 
-    pub(super) fn is_lost(&self, range: BlockRange) -> bool {
-        self.lost.range(range.start..range.end).next().is_some()
+    fn is_lost(&self, asked: &Asked) -> bool {
+        matches!(asked, Asked::Read { range, .. } if self.lost.range(range.start..range.end).next().is_some())
     }
 
     fn with_counted(&self, check: impl FnOnce(&[legs::Leg<'_>]) -> Result<(), String>) -> Result<(), String> {

@@ -67,7 +67,6 @@ fn history(seed: u64, mut beside: impl FnMut(&mut World)) {
 }
 
 fn histories(seeds: u64, mut one: impl FnMut(u64)) {
-    let seeds = std::env::var("SIM_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(seeds);
     for seed in 0..seeds {
         if let Err(panic) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| one(seed))) {
             eprintln!("seed {seed}");
