@@ -1,10 +1,11 @@
 # Everything that is built goes under ~/.cache/lockstep, never into the clone.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/lockstep/target
 .DEFAULT_GOAL := help
-.PHONY: help fmt check test sim fuzz mutants native csi demo bench deny
+.PHONY: help fmt check test sim fuzz mutants native csi demo bench soak deny
 SEEDS ?= 10000
 FUZZ_SECONDS ?= 600
 FIRST ?= 0
+SOAK_MINUTES ?= 30
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +41,9 @@ bench: ## Lockstep against qemu's mirror and a plain loop device, on disks in me
 	command -v qemu-storage-daemon >/dev/null || apt-get install -y -qq qemu-system-common qemu-utils fio xfsprogs >/dev/null
 	cargo build --quiet --release --locked -p lockstep-native
 	TMPDIR=$${TMPDIR:-/dev/shm} $(CARGO_TARGET_DIR)/release/bench
+
+soak: ## The long figures: the shell on disks that fail as they are told, with fresh seeds (SOAK_MINUTES=N; needs root)
+	tests/native/run soak $(SOAK_MINUTES)
 
 deny: ## Licenses, sources and bans of the dependencies
 	tests/run deny

@@ -6,7 +6,7 @@
 //!  datapath thread:  requests -> [ lockstep-core ] -> tokio-uring on the two legs' files, O_DIRECT
 //! ```
 //! Guarantees: one thread owns one mirror, nothing on the data path is locked; the payload is copied once, before both legs; memory
-//! is bounded and allocated once a thread (`buffers.rs`); a mirror that panics fails alone.
+//! is bounded and allocated once a thread, but for disks that hang (`buffers.rs`); a mirror that panics fails alone.
 //!
 //! What may block - opening and fencing legs, mounting, loop devices - happens on the caller's blocking pool, never on a datapath thread; what
 //! may wait for a device that this process serves, on a thread without its descriptors (`isolated`).

@@ -2,7 +2,11 @@
 //!
 //! A run that was cut off is cleaned up by the next one: everything lives under one directory per process, whose name carries the pid.
 
+pub mod faulty;
+pub mod history;
 pub mod scribble;
+pub mod seen;
+pub mod soak;
 
 use std::{
     fs,
@@ -53,8 +57,16 @@ pub struct Disk {
     pub mount: PathBuf,
 }
 
-fn text(path: &Path) -> &str {
+/// A path as text.
+pub fn text(path: &Path) -> &str {
     path.to_str().expect("the rig's paths are text")
+}
+
+/// A program of ours, built beside this one, or, for a test, one directory up.
+pub fn program(name: &str) -> PathBuf {
+    let own = std::env::current_exe().expect("our own path");
+    let beside = own.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file());
+    beside.unwrap_or_else(|| panic!("{name} is not built: cargo build --release -p lockstep-native"))
 }
 
 /// Removes what runs that were cut off left in the temporary directory: theirs is `prefix`, the process id, a dot, anything.
