@@ -17,7 +17,7 @@
 //! - 28: no space on the slow leg for what was answered cannot be taken back: that leg goes OUT. (Thick volumes never meet it.)
 //!
 //! So what may be lost, beyond a mirror without it: a write that was answered and not flushed, if the fast leg's disk *and* the process or the node
-//! die together before it has landed on the slow one; or if the fast leg's disk fails and the slow leg then fails that very write. In the second
+//! die together before it has landed on the slow one (after a restart the resync does that, and a flush covers it only at the end of the resync); or if the fast leg's disk fails and the slow leg then fails that very write. In the second
 //! case the mirror gives up: no flush claims success any more, and reads of those blocks get EIO, never what was there before.
 
 use super::{Mirror, Report, State, writes::Write};
@@ -132,7 +132,8 @@ impl Mirror {
     /// Whether the record is to pin the fast leg, so that writes may be behind on the other. Not while the legs may differ: the pin decides then.
     pub(super) fn wants_to_repin(&self) -> Option<Slot> {
         let slow = self.write_mostly.slot.filter(|_| self.write_mostly.behind)?;
-        let quiet = self.ready && self.read_only.is_none() && self.stopping.is_none() && self.syncing.is_none() && self.attach.is_none();
+        let ends = self.stopping.is_some() || self.stopped || self.read_only.is_some();
+        let quiet = self.ready && !ends && self.syncing.is_none() && self.attach.is_none();
         let equal = self.in_count() == 2 && !self.bitmap.maybe_unsynced;
         (quiet && equal && self.record.pin == slow).then_some(slow)
     }

@@ -490,3 +490,22 @@ fn rule_32_what_was_said_of_the_legs_is_forgotten_when_another_leg_comes() {
     assert!(world.healthy() && status.write_mostly.is_none() && !status.write_behind);
     world.assert_identical();
 }
+
+#[test]
+fn rule_25_a_mirror_that_is_stopped_does_not_change_its_pin() {
+    for steps in 0..30 {
+        let mut world = World::new(steps);
+        world.settle();
+        world.write(range(0, 8));
+        world.write(range(0, 8));
+        for _ in 0..steps {
+            world.step();
+        }
+        world.command(Request::WriteMostly { slot: Some(Slot::A), behind: true });
+        let stop = world.command(Request::Stop);
+        while !world.answers.contains_key(&stop) {
+            assert!(world.step() || world.tick(), "it is never stopped: {}", world.trace());
+        }
+        assert!(world.in_flight().is_empty(), "{:?} after the stop: {}", world.in_flight(), world.trace());
+    }
+}
