@@ -153,7 +153,10 @@ fn main() -> ExitCode {
             std::thread::sleep(Duration::from_millis(20));
             if let Some(seed) = run.endless() {
                 // The core does not come back: no thread can be ended.
-                println!("seed {seed}: every request ends: it runs without end (number {})", seed.wrapping_sub(first) + 1);
+                println!(
+                    "seed {seed}: every request ends (mirror rules 4, 27): it runs without end (number {})",
+                    seed.wrapping_sub(first) + 1
+                );
                 println!("{} passed, 1 failed, 0 skipped", run.done.load(Ordering::Relaxed));
                 std::process::exit(1);
             }
@@ -173,12 +176,12 @@ fn main() -> ExitCode {
     println!("{done} seeds, {} events in {seconds:.1} s: {:.0} seeds/s", summary.coverage.events, done as f64 / seconds);
     let mut missing = Vec::new();
     if let (Some((n, broken)), false) = (failed.first_key_value(), run.go_on) {
-        println!("{}", told(seed_of(*n), *n, broken));
+        println!("{}\nat commit {}", told(seed_of(*n), *n, broken), commit());
         if !arguments.no_script {
             println!("{}", explain(seed_of(*n), run.watch).unwrap_or_default());
         }
     } else if list.is_empty() {
-        missing = summary.missing();
+        missing = if arguments.seconds.is_some() && done < 1000 { Vec::new() } else { summary.missing() };
         missing.iter().for_each(|what| println!("never reached: {what}"));
     }
     let forbidden = summary.coverage.forbidden();
@@ -188,9 +191,16 @@ fn main() -> ExitCode {
     if failed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
+/// A seed replays for one commit only.
+fn commit() -> String {
+    let git = std::process::Command::new("git").args(["describe", "--always", "--dirty", "--abbrev=12"]).output();
+    let name = git.ok().filter(|output| output.status.success()).map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+    name.unwrap_or_else(|| "unknown: this is no clone".into())
+}
+
 /// One line, whatever the oracle saw.
 fn told(seed: u64, n: u64, broken: &Broken) -> String {
-    format!("seed {seed}: {}: {} (number {})", broken.oracle, broken.text.replace('\n', " "), n + 1)
+    format!("seed {seed}: {} ({}): {} (number {})", broken.oracle, broken.rules(), broken.text.replace('\n', " "), n + 1)
 }
 
 fn report(summary: &Summary) -> String {

@@ -9,6 +9,9 @@
 //!
 //! The one exception (mirror rule 21): while the legs may differ after an unclean stop, and the leg that reads are pinned to is lost (or a
 //! block of it), what was never answered *or not flushed before a power cut* may change, once. The caller says when: `exception`.
+//!
+//! Write-behind (mirror rule 32), where the operator asked for it: what was answered by one leg alone, and not flushed, is lost with that leg
+//! and the process together: `behind_lost`.
 
 use std::collections::BTreeMap;
 
@@ -194,6 +197,20 @@ impl History {
         for (_, block) in self.blocks.range_mut(range.start..range.end) {
             block.floor = block.answered.max(block.flushed);
             block.versions.iter_mut().for_each(|version| version.never = false);
+        }
+    }
+
+    /// These blocks of these writes were answered by one leg, and it is lost before they came to the other one (mirror rule 32).
+    pub fn behind_lost(&mut self, behind: &Covered) {
+        self.moment += 1;
+        for (block, id) in behind {
+            let Some(block) = self.blocks.get_mut(block).filter(|block| block.answered == *id) else { continue };
+            let (older, newer): (Vec<_>, Vec<_>) = block.versions.iter_mut().partition(|version| version.id < *id);
+            block.answered = older.iter().filter(|version| version.state == State::Answered).map(|version| version.id).max().unwrap_or(0);
+            newer
+                .into_iter()
+                .filter(|version| version.state == State::Answered)
+                .for_each(|version| version.state = State::Maybe(self.moment));
         }
     }
 

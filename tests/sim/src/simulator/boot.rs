@@ -95,6 +95,11 @@ impl Machine {
         if self.status.ready && self.rng.once_in(2) {
             self.object = Some(self.status.epoch);
         }
+        let behind = std::mem::take(&mut self.behind);
+        let counted: Vec<usize> = self.counted().iter().filter_map(|slot| self.place[slot.index()]).collect();
+        let lacks =
+            |(block, id): &(u64, u64)| counted.iter().any(|disk| !self.history.is_at_least(*block, self.disks[*disk].read(*block), *id));
+        self.was_behind.extend(behind.into_iter().filter(lacks));
         if self.status.read_only {
             // Who counts could not be recorded: the next start may read another leg than was read last.
             self.history.exception(None);
@@ -258,6 +263,10 @@ impl Machine {
         self.witnessed = self.record().is_some();
         let metas: Vec<&[u8]> = order.iter().map(|disk| self.disks[*disk].meta()).collect();
         let seed = u128::from(self.boots) << 64 | u128::from(self.rng.below(u64::MAX));
+        let mut limits = Limits { dirty_regions: self.profile.cap, ..Limits::default() };
+        if let Some(behind) = self.profile.behind {
+            (limits.behind_writes, limits.behind_blocks) = behind;
+        }
         let assembly = Assembly {
             volume: VOLUME,
             metas: &metas,
@@ -266,7 +275,7 @@ impl Machine {
             force: None,
             seed,
             now: self.now,
-            limits: Limits { dirty_regions: self.profile.cap, ..Limits::default() },
+            limits,
         };
         let mut out = Effects::new();
         let assembled = assemble(&assembly, &mut out)?;
@@ -281,7 +290,7 @@ impl Machine {
         }
         self.blocks = self.status.blocks;
         if self.may_differ && Slot::BOTH.into_iter().any(|slot| self.status.legs[slot.index()].state != LegState::In) {
-            self.history.exception(None);
+            self.lose_pinned();
         }
         self.perform(out);
         self.look();

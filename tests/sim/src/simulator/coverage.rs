@@ -148,10 +148,13 @@ pub fn empty(state: State, kind: Kind, end: End) -> Option<Empty> {
             Forbidden('l', "it is done in memory: nothing of it can fail (rule 30)")
         }
         (State::Assembling, _, _) if !metadata => Forbidden('a', "nothing is served before the record is durable (rule 9)"),
-        (State::Healthy | State::Resync, Kind::Witness, _) => Forbidden('i', "who counts does not change while both count (rule 9)"),
-        (State::Rebuild | State::FullRebuild, Kind::NextData, End::Gone) => {
-            Forbidden('j', "the source is the only good copy: the budget keeps it, but for blocks that cannot be read (rule 22)")
+        (State::Resync, Kind::Witness, _) => {
+            Forbidden('i', "who counts does not change while both count, nor the pin while they may differ (rules 9, 21)")
         }
+        (State::Rebuild | State::FullRebuild, Kind::NextData, End::Gone) => Rare(
+            'j',
+            "rare: a scrub's search of a leg that was replaced ends late; the source is the only good copy, and the budget keeps it (rule 22)",
+        ),
         (State::GivenUp, _, End::Gone | End::NoSpace | End::Lied) => {
             Forbidden('k', "it gave up because the last leg failed: the budget lets no more disks fail (rule 15)")
         }
@@ -166,7 +169,8 @@ pub fn empty(state: State, kind: Kind, end: End) -> Option<Empty> {
     })
 }
 
-const OPERATIONS: &[&str] = &["read", "write", "write fua", "zero", "flush", "attach", "detach", "grow", "stop", "invalid", "scrub"];
+const OPERATIONS: &[&str] =
+    &["read", "write", "write fua", "zero", "flush", "attach", "detach", "grow", "stop", "invalid", "scrub", "write-mostly"];
 const CRASHES: &[&str] = &[
     "power cut in assembly",
     "power cut in resync",
@@ -214,6 +218,8 @@ const OTHERS: &[&str] = &[
     "pauses",
     "scrubs completed",
     "hung legs outlasted",
+    "answered behind",
+    "lost behind",
 ];
 
 /// Counts.

@@ -82,6 +82,8 @@ pub(super) enum Asked {
         slot: Slot,
     },
     Invalid,
+    /// Answered at once.
+    Other,
     Scrub,
     Stop,
 }
@@ -113,6 +115,10 @@ pub(super) struct Machine {
     pub history: History,
     /// The legs may differ: since an unclean stop or a write that failed on both, until they are equal again.
     pub may_differ: bool,
+    /// Blocks and versions that were answered by one leg alone in this run (mirror rule 32).
+    pub behind: Covered,
+    /// Blocks and versions that were behind on a leg in a crash (mirror rule 32); the legs were not made equal since.
+    pub was_behind: Covered,
     /// Something happened that lets requests end with errors.
     pub excused: bool,
     /// The witness was there at the start, or was written since.
@@ -163,6 +169,8 @@ impl Machine {
             blocks: profile.blocks,
             history: History::default(),
             may_differ: false,
+            behind: Covered::new(),
+            was_behind: Covered::new(),
             excused: false,
             witnessed: true,
             clean: false,
@@ -280,6 +288,10 @@ impl Machine {
                 self.make_room();
                 self.ask("scrub", Asked::Scrub, Request::Scrub { believed });
             }
+            Action::WriteMostly(slot, behind) => {
+                self.make_room();
+                self.ask("write-mostly", Asked::Other, Request::WriteMostly { slot, behind });
+            }
             Action::Grow(blocks) => self.grow(blocks),
             Action::Stop => self.stop(),
             Action::Crash(crash) => self.crash(crash),
@@ -316,6 +328,15 @@ impl Machine {
         self.look();
     }
 
+    /// The leg that reads are pinned to is lost while the other one may be older.
+    pub(super) fn lose_pinned(&mut self) {
+        if !self.was_behind.is_empty() {
+            *self.coverage.others.entry("lost behind").or_default() += 1;
+            self.history.behind_lost(&self.was_behind);
+        }
+        self.history.exception(None);
+    }
+
     /// After every event: what the mirror says of itself.
     pub(super) fn look(&mut self) {
         let Some(mirror) = &self.mirror else { return };
@@ -325,7 +346,7 @@ impl Machine {
         let both = |status: &Status| status.legs.iter().all(|leg| leg.state == LegState::In);
         if both(&before) && !both(&status) && self.may_differ {
             self.tell(|| "  (the exception of rule 21)".into());
-            self.history.exception(None);
+            self.lose_pinned();
         }
         if !both(&status) {
             self.history.leg_missed();
@@ -340,12 +361,19 @@ impl Machine {
         self.copies_may_wait |= status.sync != Sync::Idle || status.scrub.state == ScrubState::Running;
         if status.ready && (!both(&status) || status.sync == Sync::Idle) {
             self.may_differ = false;
+            self.was_behind.clear();
+        }
+        if status.behind > before.behind {
+            *self.coverage.others.entry("answered behind").or_default() += 1;
         }
         if status.read_only && !before.read_only && !self.excused {
             self.breaks("availability", "the mirror gave up within the budget");
         }
         let regions = status.blocks.div_ceil(REGION_BLOCKS) + 2;
         self.check("bounds", bounds::status(status.pending, self.asked.len() as u64, status.dirty_regions, regions));
+        if status.behind > self.profile.behind.map_or(0, |(writes, _)| writes) {
+            self.breaks("bounds", format!("{} writes are behind", status.behind));
+        }
     }
 
     fn submit(&mut self, asked: Asked, buffer: Vec<u64>, request: Request) -> Tag {
@@ -370,14 +398,14 @@ impl Machine {
 
     /// Whether a write overlaps nothing that is under way, and its dirty bits are durable: then it goes to the legs at once (mirror rule 2).
     /// That a bit is durable is known where another write of the region is on a leg and not released. Where room for dirty regions is scarce, one
-    /// that waits for it holds back all that come later (mirror rule 17).
+    /// that waits for it holds back all that come later (mirror rule 17); so does the change of the pin before writes may be behind (rule 32).
     fn goes_at_once(&self, tag: Tag, range: BlockRange) -> bool {
         let plain = matches!(State::of(&self.status), State::Healthy | State::Degraded) && !self.stopping && !self.copies_may_wait;
-        let room = self.profile.cap >= self.blocks.div_ceil(REGION_BLOCKS);
+        let room = self.profile.cap >= self.blocks.div_ceil(REGION_BLOCKS) && self.profile.behind.is_none();
         let free = self.asked.iter().filter(|(other, _)| **other != tag).all(|(_, asked)| match asked {
             // A read that is read again holds later writes back.
             Asked::Write { range: other, .. } | Asked::Read { range: other, .. } => !other.overlaps(range),
-            Asked::Flush { .. } | Asked::Invalid => true,
+            Asked::Flush { .. } | Asked::Invalid | Asked::Other => true,
             Asked::Scrub | Asked::Grow { .. } | Asked::Attach { .. } | Asked::Detach { .. } | Asked::Stop => false,
         });
         let copying = |work: &Work| matches!(work.kind, Kind::CopyRead | Kind::CopyWrite | Kind::NextData);

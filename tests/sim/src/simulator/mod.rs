@@ -21,6 +21,8 @@
 //! - In a crash, both slots of bitmap pages go bad, on any disks: what they covered is dirty. When no list of bad blocks is valid, assembly must refuse.
 //! - The process stands still, for up to an hour, with I/O outstanding: nobody goes OUT.
 //! - The object's copy of the epoch lags.
+//! - Where the operator asked for write-behind: what one leg alone had answered at a crash, and not flushed before, is lost with that leg; a flush
+//!   after the crash covers it when the legs are equal.
 //!
 //! Not simulated: the witness or a disk put back from an old copy; two disks lost at once; memory that changes.
 
@@ -51,10 +53,27 @@ const SHRINKING: u32 = 1000;
 /// How many of the last things that happened are shown.
 const TOLD: usize = 10_000;
 
-/// An oracle that broke.
+/// The oracles, and the rules that each watches.
+pub const ORACLES: [(&str, &str); 13] = [
+    ("reads are linearizable", "mirror rules 4, 7, 21, 29, 31"),
+    ("answered on every leg that counts", "mirror rules 5, 8, 16, 32"),
+    ("flushed on every leg that counts", "mirror rule 15"),
+    ("exclusive", "mirror rules 3, 6"),
+    ("touching writes go in parallel", "mirror rule 2"),
+    ("legs are identical", "mirror rules 14, 18, 22, 28"),
+    ("bits", "mirror rules 17, 18"),
+    ("bad blocks", "mirror rule 22"),
+    ("no stale leg", "mirror rules 11, 12, 13"),
+    ("availability", "mirror rules 6, 9, 11, 14, 26, 27"),
+    ("every request ends", "mirror rules 5, 14, 25, 27"),
+    ("errors are errors", "mirror rule 2"),
+    ("bounds", "mirror rules 17, 27, 32"),
+];
+
+/// An oracle that broke; or `panic`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Broken {
-    /// Which.
+    /// Which: one of `ORACLES`.
     pub oracle: &'static str,
     /// What it saw.
     pub text: String,
@@ -63,6 +82,11 @@ pub struct Broken {
 impl Broken {
     fn new(oracle: &'static str, text: impl Into<String>) -> Self {
         Self { oracle, text: text.into() }
+    }
+
+    /// The mirror rules that say so.
+    pub fn rules(&self) -> &'static str {
+        ORACLES.iter().find(|(oracle, _)| *oracle == self.oracle).map_or("?", |(_, rules)| rules)
     }
 }
 
@@ -111,8 +135,9 @@ pub fn explain(seed: u64, watch: Watch) -> Option<String> {
         let script: Vec<String> = lines.iter().map(|(action, salt)| format!("    ({action:?}, {salt:#x}),")).collect();
         let told = told[told.len().saturating_sub(TOLD)..].join("\n");
         format!(
-            "seed {seed}: {}: {}\n{:?}\n-- minimal script, {} lines\n{}\n-- what happened\n{told}\nseed {seed} broke an oracle",
+            "seed {seed}: {} ({}): {}\n{:?}\n-- minimal script, {} lines\n{}\n-- what happened\n{told}\nseed {seed} broke an oracle",
             last.oracle,
+            last.rules(),
             last.text,
             Profile::of(seed),
             lines.len(),

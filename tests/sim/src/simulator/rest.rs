@@ -58,6 +58,9 @@ impl Machine {
         if let Some((tag, asked)) = self.asked.iter().next() {
             return self.breaks("every request ends", format!("{tag:?} never ended: {asked:?}"));
         }
+        if self.status.behind > 0 {
+            self.breaks("every request ends", "all is quiet, and writes are behind");
+        }
         self.copies_may_wait = false;
         if self.is_healthy() {
             let blocks: BTreeSet<u64> = self.disks.iter().flat_map(Disk::blocks).collect();

@@ -96,6 +96,8 @@ pub enum Action {
     Attach,
     /// The operator takes a leg out.
     Detach(Slot),
+    /// The operator says which leg is slow, and whether writes need not wait for it.
+    WriteMostly(Option<Slot>, bool),
     /// The legs are compared; the operator believes one of them.
     Scrub(Option<Slot>),
     /// The volume grows by so many blocks.
@@ -122,6 +124,8 @@ pub struct Profile {
     pub early: u64,
     /// Regions that may be dirty at once.
     pub cap: u64,
+    /// The operator may call a leg slow; then so many writes may be behind on it, and so many blocks.
+    pub behind: Option<(u64, u64)>,
     /// The first blocks of what is written, and how many from there.
     pub hot: [u64; 3],
     /// See `hot`.
@@ -143,6 +147,7 @@ impl Profile {
             flaky: [0, 0, 12, 50][rng.below(4) as usize],
             early: [0, 2, 4][rng.below(3) as usize],
             cap: [1, 2, 3, 256, 256, 256][rng.below(6) as usize],
+            behind: [None, None, Some((2, 8)), Some((64, 2048))][rng.below(4) as usize],
             hot,
             width: [2, 6, 24][rng.below(3) as usize].min(64 - 57 + 1),
         }
@@ -177,6 +182,10 @@ fn action(rng: &mut Rng, profile: &Profile) -> Action {
         609 => Action::Stop,
         610..=614 => Action::Crash(crash(rng)),
         621..=623 => Action::Scrub(rng.once_in(2).then(|| slot(rng))),
+        624..=631 if profile.behind.is_some() => {
+            let slow = (rng.below(5) > 0).then(|| slot(rng));
+            Action::WriteMostly(slow, rng.below(4) > 0)
+        }
         615..=617 => Action::Pause(1 + rng.below(3600)),
         618..=620 => {
             let start = profile.blocks + rng.below(1 << 20);

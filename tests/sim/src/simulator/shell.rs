@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use lockstep_core::{
+    Mirror,
     format::{self, REGION_BLOCKS, bitmap_pages},
     io::{Buffer, Effect, Effects, LegOp, Notice, Outcome},
     membership::MemberState,
@@ -97,7 +98,11 @@ impl Machine {
         match notice {
             Notice::WriteFailedOnBoth { .. } => self.may_differ = true,
             Notice::BlocksLost { range } => {
-                if let Some(block) = (range.start..range.end).find(|block| self.unreadable.get(block).is_none_or(|times| *times < 2)) {
+                // What was behind on a leg that then fails is on no leg that counts (mirror rule 32).
+                let behind = self.status.behind > 0;
+                if let Some(block) =
+                    (range.start..range.end).find(|block| !behind && self.unreadable.get(block).is_none_or(|times| *times < 2))
+                {
                     self.breaks("bad blocks", format!("block {block} is given up, and two reads in a row did not fail"));
                 }
                 self.lost.extend(range.start..range.end);
@@ -448,7 +453,17 @@ impl Machine {
                 if result.is_ok() {
                     self.lost.retain(|block| !(range.start..range.end).contains(block));
                     let value = if zero { 0 } else { id };
-                    let answered = self.with_counted(|legs| legs::write_answered(legs, range.start..range.end, value, fua));
+                    // A write may be behind on a slow leg; never one that is to be durable, nor zeroes (mirror rule 32).
+                    let now = self.mirror.as_ref().map_or(self.status, Mirror::status);
+                    let slow = [self.status, now].iter().find(|status| status.write_behind).and_then(|status| status.write_mostly);
+                    let slow = slow.filter(|_| !fua && !zero).map(Slot::index);
+                    if slow.is_some() {
+                        self.behind.extend((range.start..range.end).map(|block| (block, id)));
+                    }
+                    let answered = self.with_counted(|legs| {
+                        let legs: Vec<_> = legs.iter().copied().filter(|leg| Some(leg.place) != slow).collect();
+                        legs::write_answered(&legs, range.start..range.end, value, fua)
+                    });
                     self.check("answered on every leg that counts", answered);
                 }
             }
@@ -463,7 +478,10 @@ impl Machine {
             Asked::Flush { covered } if result.is_ok() => {
                 // What no copy holds is not missed.
                 let listed = self.listed();
-                let covered: Covered = covered.into_iter().filter(|(block, _)| !listed.contains(block)).collect();
+                // Nor does it cover what was behind in a crash, until the legs are equal.
+                let behind: BTreeSet<(u64, u64)> = self.was_behind.iter().copied().collect();
+                let covered: Covered =
+                    covered.into_iter().filter(|covered| !listed.contains(&covered.0) && !behind.contains(covered)).collect();
                 let durable = self.with_counted(|legs| {
                     legs::flush_answered(legs, &covered, |block, value, id| self.history.is_at_least(block, value, id))
                 });
