@@ -12,7 +12,7 @@ use lockstep_proto::objects::{LocalDisk, MirrorVolume};
 use lockstep_store::{Directory, Error, Store};
 
 use crate::{
-    client::Client,
+    client::{Client, Place},
     lab::{Lab, text},
 };
 
@@ -151,6 +151,18 @@ impl Driver {
             let status = child.wait_with_output().expect("it was started").status;
             assert!(status.success(), "it ended with {status}");
         }
+    }
+
+    /// Creates a volume, to be staged and published at paths of its own.
+    pub async fn place(&self, name: &str, bytes: u64, fs_type: Option<&'static str>) -> Place {
+        let volume = self.client.create(name, bytes, fs_type).await.expect("it is created");
+        self.place_of(volume.volume_id, fs_type)
+    }
+
+    /// The paths of a volume that there is.
+    pub fn place_of(&self, id: String, fs_type: Option<&'static str>) -> Place {
+        let path = |what: &str| self.dir.with_file_name(format!("{what}-{id}"));
+        Place { staging: path("staging"), target: path("target"), id, fs_type }
     }
 
     /// A volume's object.

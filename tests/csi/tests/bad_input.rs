@@ -7,7 +7,7 @@ use std::{
 };
 
 use lockstep_csi_tests::{
-    client::{Client, Place, create_request},
+    client::{Client, create_request},
     driver::{Driver, until},
     lab::{Lab, text},
 };
@@ -17,10 +17,6 @@ use lockstep_store::Store;
 use tonic::{Code, Status};
 
 const MIB: u64 = 1 << 20;
-
-fn place(lab: &Lab, id: String, fs_type: Option<&'static str>) -> Place {
-    Place { staging: lab.path(&format!("staging-{id}")), target: lab.path(&format!("target-{id}")), id, fs_type }
-}
 
 fn says(error: &Status, code: Code, named: &[&str]) {
     assert_eq!(error.code(), code, "{error}");
@@ -78,7 +74,7 @@ async fn a_path_that_cannot_be_is_refused_and_left_alone() {
     let lab = Lab::new(2, 1500);
     let mut driver = Driver::start(&lab).await;
     let client = driver.client.clone();
-    let place = place(&lab, client.create("v", 64 * MIB, Some("ext4")).await.unwrap().volume_id, Some("ext4"));
+    let place = driver.place("v", 64 * MIB, Some("ext4")).await;
     fs::write(&place.staging, "mine").unwrap();
     let refused = place.up(&client).await.unwrap_err();
     says(&refused, Code::InvalidArgument, &["staging_target_path", text(&place.staging), "is a file"]);
@@ -163,7 +159,7 @@ fn pipe(text: &str) -> std::process::Stdio {
 async fn damaged_metadata_takes_a_copy_out_and_never_the_volume() {
     let lab = Lab::new(2, 1500);
     let mut driver = Driver::start(&lab).await;
-    let place = place(&lab, driver.client.create("v", 64 * MIB, Some("ext4")).await.unwrap().volume_id, Some("ext4"));
+    let place = driver.place("v", 64 * MIB, Some("ext4")).await;
     place.up(&driver.client).await.unwrap();
     fs::write(place.target.join("f"), "x").unwrap();
     place.down(&driver.client).await.unwrap();
@@ -201,13 +197,13 @@ async fn an_unreadable_object_is_named_and_left_alone() {
     let path = lab.path(&format!("driver/objects/mirrorvolumes/{id}.yaml"));
     let good = fs::read(&path).unwrap();
     fs::write(&path, "spec: [").unwrap();
-    let place = place(&lab, id.clone(), None);
+    let place = driver.place_of(id.clone(), None);
     let refused = place.up(&driver.client).await.unwrap_err();
     says(&refused, Code::Internal, &["v.yaml", "Repair it"]);
     assert!(driver.client.delete(&id).await.unwrap_err().message().contains("v.yaml"));
     assert_eq!(fs::read_to_string(&path).unwrap(), "spec: [");
     // Another volume goes on.
-    let other = self::place(&lab, driver.client.create("w", 64 * MIB, None).await.unwrap().volume_id, None);
+    let other = driver.place("w", 64 * MIB, None).await;
     other.up(&driver.client).await.unwrap();
     other.down(&driver.client).await.unwrap();
     fs::write(&path, good).unwrap();
@@ -222,7 +218,7 @@ async fn an_unreadable_object_is_named_and_left_alone() {
 async fn a_volume_whose_file_system_is_gone_is_data_loss_and_not_formatted_again() {
     let lab = Lab::new(2, 1500);
     let mut driver = Driver::start(&lab).await;
-    let place = place(&lab, driver.client.create("v", 64 * MIB, Some("ext4")).await.unwrap().volume_id, Some("ext4"));
+    let place = driver.place("v", 64 * MIB, Some("ext4")).await;
     place.up(&driver.client).await.unwrap();
     place.down(&driver.client).await.unwrap();
     let copies = driver.copies(&place.id).await;
@@ -247,7 +243,7 @@ async fn a_volume_that_was_unmounted_by_hand_is_not_published_and_mounted_again_
     let lab = Lab::new(2, 1500);
     let mut driver = Driver::start(&lab).await;
     let client = driver.client.clone();
-    let place = place(&lab, client.create("v", 64 * MIB, Some("ext4")).await.unwrap().volume_id, Some("ext4"));
+    let place = driver.place("v", 64 * MIB, Some("ext4")).await;
     client.stage(&place.id, &place.staging, Some("ext4")).await.unwrap();
     run("umount", &[text(&place.staging)]);
     let refused = client.publish(&place.id, &place.staging, &place.target, Some("ext4")).await.unwrap_err();

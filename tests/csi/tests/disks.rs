@@ -10,7 +10,6 @@ use std::{
 };
 
 use lockstep_csi_tests::{
-    client::Place,
     driver::{Driver, NODE, until},
     lab::{Lab, text},
 };
@@ -18,11 +17,6 @@ use lockstep_native::run;
 use lockstep_proto::objects::{DiskPhase, LocalDisk};
 
 const MIB: u64 = 1 << 20;
-
-async fn volume(lab: &Lab, driver: &Driver, name: &str, bytes: u64) -> Place {
-    let volume = driver.client.create(name, bytes, Some("ext4")).await.expect("it is created");
-    Place { id: volume.volume_id, fs_type: Some("ext4"), staging: lab.path("staging"), target: lab.path("target") }
-}
 
 async fn until_ready(driver: &Driver, count: usize) -> Vec<LocalDisk> {
     until("disks that are ready", || async {
@@ -55,7 +49,7 @@ async fn a_disk_with_volumes_outlives_every_kill_reboot_and_replug_whatever_is_o
     let mut lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
     let disks = until_ready(&driver, 2).await;
-    let place = volume(&lab, &driver, "kept", 64 * MIB).await;
+    let place = driver.place("kept", 64 * MIB, Some("ext4")).await;
     place.up(&driver.client).await.unwrap();
     fs::write(place.target.join("letter"), "never lost").unwrap();
     run("sync", &["-f", text(&place.target)]);
@@ -154,7 +148,7 @@ async fn a_mounted_disk_whose_name_is_gone_for_a_moment_stays_in_use() {
     let said = |what: &str| fs::read_to_string(driver.node_log()).unwrap().contains(what);
     fs::remove_file(&link).unwrap();
     until("said", || async { said("no selector matches the disk any more: it stays in use").then_some(()) }).await;
-    let place = volume(&lab, &driver, "meanwhile", 64 * MIB).await;
+    let place = driver.place("meanwhile", 64 * MIB, Some("ext4")).await;
     std::os::unix::fs::symlink(lab.device(0), &link).unwrap();
     until("said", || async { said("the disk is selected again").then_some(()) }).await;
     until_ready(&driver, 2).await;
@@ -202,7 +196,7 @@ async fn two_partitions_of_a_disk_are_no_pair_and_partitions_of_two_disks_are() 
     assert_eq!(refused.code(), tonic::Code::ResourceExhausted, "{refused}");
     fs::rename(lab.path("away1"), &links[1]).unwrap();
     until_ready(&driver, 3).await;
-    let place = volume(&lab, &driver, "pair", 64 * MIB).await;
+    let place = driver.place("pair", 64 * MIB, Some("ext4")).await;
     place.up(&driver.client).await.unwrap();
     place.down(&driver.client).await.unwrap();
     driver.stop();

@@ -4,7 +4,6 @@
 use std::{fs, path::Path, time::Duration};
 
 use lockstep_csi_tests::{
-    client::Place,
     driver::{Driver, NODE, until},
     lab::{Lab, identical, text},
     load,
@@ -16,11 +15,6 @@ use lockstep_proto::{
 };
 
 const MIB: u64 = 1 << 20;
-
-async fn volume(lab: &Lab, driver: &Driver, name: &str, bytes: u64, fs_type: Option<&'static str>) -> Place {
-    let volume = driver.client.create(name, bytes, fs_type).await.expect("it is created");
-    Place { id: volume.volume_id, fs_type, staging: lab.path(&format!("staging-{name}")), target: lab.path(&format!("target-{name}")) }
-}
 
 async fn status(driver: &Driver, id: &str) -> MirrorVolumeStatus {
     driver.volume(id).await.status.expect("a volume has a status")
@@ -46,7 +40,7 @@ async fn disk_of_leg(lab: &Lab, driver: &Driver, id: &str, leg: usize) -> usize 
 async fn a_lost_disk_is_replaced_by_a_new_one_under_load_and_the_old_copy_goes_when_it_returns() {
     let mut lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
-    let place = volume(&lab, &driver, "db", 512 * MIB, Some("ext4")).await;
+    let place = driver.place("db", 512 * MIB, Some("ext4")).await;
     place.up(&driver.client).await.unwrap();
     until_ready_is(&driver, &place.id, "Healthy").await;
     let mut load = load::on_files(&place.target, 25);
@@ -97,7 +91,7 @@ async fn a_lost_disk_is_replaced_by_a_new_one_under_load_and_the_old_copy_goes_w
 async fn a_disk_that_comes_back_gets_only_what_it_missed() {
     let mut lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
-    let place = volume(&lab, &driver, "back", 512 * MIB, Some("ext4")).await;
+    let place = driver.place("back", 512 * MIB, Some("ext4")).await;
     place.up(&driver.client).await.unwrap();
     let fill = format!("of={}", text(&place.target.join("fill")));
     run("dd", &["if=/dev/urandom", &fill, "bs=1M", "count=300", "conv=fsync", "status=none"]);
@@ -127,7 +121,7 @@ async fn csi_node_is_killed_with_volumes_mounted_and_they_are_staged_again() {
     let lab = Lab::new(2, 1500);
     let mut driver = Driver::start(&lab).await;
     for fs_type in ["ext4", "xfs"] {
-        let place = volume(&lab, &driver, fs_type, 512 * MIB, Some(fs_type)).await;
+        let place = driver.place(fs_type, 512 * MIB, Some(fs_type)).await;
         place.up(&driver.client).await.unwrap();
         for round in 0..2 {
             let file = place.target.join(format!("f{round}"));
@@ -156,8 +150,8 @@ async fn csi_node_is_killed_with_volumes_mounted_and_they_are_staged_again() {
 async fn csi_node_is_killed_while_its_volumes_are_written_back_and_it_ends() {
     let lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
-    let ext4 = volume(&lab, &driver, "ext4", 256 * MIB, Some("ext4")).await;
-    let block = volume(&lab, &driver, "block", 128 * MIB, None).await;
+    let ext4 = driver.place("ext4", 256 * MIB, Some("ext4")).await;
+    let block = driver.place("block", 128 * MIB, None).await;
     for place in [&ext4, &block] {
         place.up(&driver.client).await.unwrap();
     }
@@ -194,7 +188,7 @@ async fn csi_node_is_killed_while_its_volumes_are_written_back_and_it_ends() {
 async fn a_killed_mkfs_does_not_brick_the_volume() {
     let lab = Lab::new(2, 1500);
     let mut driver = Driver::start(&lab).await;
-    let place = volume(&lab, &driver, "mkfs", 512 * MIB, Some("ext4")).await;
+    let place = driver.place("mkfs", 512 * MIB, Some("ext4")).await;
     // What a mkfs that was killed leaves: the record says that it began, and some of it is on the device.
     place.up(&driver.client).await.unwrap();
     place.down(&driver.client).await.unwrap();
@@ -209,7 +203,7 @@ async fn a_killed_mkfs_does_not_brick_the_volume() {
 
     // csi-node is killed at many moments of a first stage.
     for round in 0..8u32 {
-        let place = volume(&lab, &driver, &format!("kill{round}"), 64 * MIB, Some("ext4")).await;
+        let place = driver.place(&format!("kill{round}"), 64 * MIB, Some("ext4")).await;
         let (client, staged) = (driver.client.clone(), place.clone());
         let stage = tokio::spawn(async move { staged.up(&client).await });
         tokio::time::sleep(Duration::from_millis(u64::from(5 + round * 12))).await;
@@ -238,7 +232,7 @@ async fn csi_node_is_killed_between_mkfs_and_its_record_and_the_volume_is_format
         let slow = format!("#!/bin/sh\nPATH=${{PATH#*:}} {name} \"$@\" && {report} && sleep 20\n");
         fs::write(programs.join(name), slow).unwrap();
         run("chmod", &["+x", text(&programs.join(name))]);
-        let place = volume(&lab, &driver, fs_type, 320 * MIB, Some(fs_type)).await;
+        let place = driver.place(fs_type, 320 * MIB, Some(fs_type)).await;
         driver.kill_node();
         driver.use_programs(Some(&programs));
         driver.start_node().await;
@@ -266,7 +260,7 @@ async fn an_allocation_that_was_cut_off_is_made_again_from_nothing() {
     use lockstep_store::Store;
     let lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
-    let place = volume(&lab, &driver, "v", 64 * MIB, None).await;
+    let place = driver.place("v", 64 * MIB, None).await;
     let (old, mut object) = (driver.copies(&place.id).await, driver.volume(&place.id).await);
     driver.kill_node();
     fs::remove_file(lab.path(&format!("driver/state/witness/{}", object.metadata.uid.as_ref().unwrap()))).unwrap();
@@ -288,7 +282,7 @@ async fn a_volume_is_deleted_when_its_legs_are_gone_and_not_before() {
     use lockstep_store::Store;
     let lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
-    let place = volume(&lab, &driver, "v", 64 * MIB, None).await;
+    let place = driver.place("v", 64 * MIB, None).await;
     let (copies, disks) = (driver.copies(&place.id).await, [0, 1].map(|disk| lab.mount_of(disk).unwrap()));
     let thaw = format!("sleep 3; fsfreeze --unfreeze {}; fsfreeze --unfreeze {}", text(&disks[0]), text(&disks[1]));
     let mut thaw = std::process::Command::new("sh").args(["-c", &thaw]).spawn().unwrap();
@@ -344,7 +338,7 @@ async fn csi_node_is_killed_while_it_allocates_and_deletes() {
 async fn a_volume_that_is_deleted_while_a_disk_is_away_leaves_nothing_when_it_returns() {
     let mut lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
-    let place = volume(&lab, &driver, "gone", 256 * MIB, None).await;
+    let place = driver.place("gone", 256 * MIB, None).await;
     place.up(&driver.client).await.unwrap();
     let lost = disk_of_leg(&lab, &driver, &place.id, 1).await;
     lab.fail_disk(lost);
@@ -373,7 +367,7 @@ async fn a_volume_that_is_deleted_while_a_disk_is_away_leaves_nothing_when_it_re
 async fn a_stale_copy_alone_is_refused() {
     let mut lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
-    let place = volume(&lab, &driver, "stale", 128 * MIB, Some("ext4")).await;
+    let place = driver.place("stale", 128 * MIB, Some("ext4")).await;
     place.up(&driver.client).await.unwrap();
     let (survivor, lost) = (disk_of_leg(&lab, &driver, &place.id, 0).await, disk_of_leg(&lab, &driver, &place.id, 1).await);
     lab.fail_disk(lost);
@@ -418,7 +412,7 @@ async fn csi_node_is_killed_while_a_volume_grows() {
     let lab = Lab::new(2, 1500);
     let mut driver = Driver::start(&lab).await;
     for round in 0..6u32 {
-        let place = volume(&lab, &driver, &format!("grow{round}"), 300 * MIB, None).await;
+        let place = driver.place(&format!("grow{round}"), 300 * MIB, None).await;
         let (client, id) = (driver.client.clone(), place.id.clone());
         let grow = tokio::spawn(async move { client.controller_expand(&id, 1200 * MIB).await });
         tokio::time::sleep(Duration::from_millis(u64::from(2 + round * 3))).await;
@@ -462,7 +456,7 @@ async fn the_claim_of_a_rejected_volume_is_given_back() {
 async fn csi_node_can_be_killed_at_any_moment_of_stage_and_unstage() {
     let lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
-    let place = volume(&lab, &driver, "any", 64 * MIB, Some("ext4")).await;
+    let place = driver.place("any", 64 * MIB, Some("ext4")).await;
     place.up(&driver.client).await.unwrap();
     place.down(&driver.client).await.unwrap();
     for round in 0..20u64 {
@@ -488,7 +482,7 @@ async fn csi_node_can_be_killed_at_any_moment_of_stage_and_unstage() {
 async fn csi_node_ends_at_sigterm_with_a_volume_mounted_and_nothing_that_was_written_is_lost() {
     let lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
-    let place = volume(&lab, &driver, "term", 64 * MIB, Some("xfs")).await;
+    let place = driver.place("term", 64 * MIB, Some("xfs")).await;
     place.up(&driver.client).await.unwrap();
     fs::write(place.target.join("f"), "written").unwrap();
     run("sync", &["-f", text(&place.target)]);
@@ -505,7 +499,7 @@ async fn csi_node_ends_at_sigterm_with_a_volume_mounted_and_nothing_that_was_wri
 async fn a_volume_grows_on_one_copy_and_the_other_follows_when_it_is_made_again() {
     let mut lab = Lab::new(2, 1500);
     let mut driver = Driver::start(&lab).await;
-    let place = volume(&lab, &driver, "grow", 300 * MIB, Some("xfs")).await;
+    let place = driver.place("grow", 300 * MIB, Some("xfs")).await;
     place.up(&driver.client).await.unwrap();
     let lost = disk_of_leg(&lab, &driver, &place.id, 0).await;
     lab.fail_disk(lost);
@@ -528,7 +522,7 @@ async fn a_volume_grows_on_one_copy_and_the_other_follows_when_it_is_made_again(
 async fn a_truncated_copy_is_made_anew_and_never_taken_for_zeroes() {
     let lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
-    let place = volume(&lab, &driver, "cut", 128 * MIB, None).await;
+    let place = driver.place("cut", 128 * MIB, None).await;
     place.up(&driver.client).await.unwrap();
     let of = format!("of={}", text(&place.target));
     run("dd", &["if=/dev/urandom", &of, "bs=1M", "count=128", "oflag=direct", "status=none"]);

@@ -18,14 +18,9 @@ use tonic::{Code, Status};
 
 const MIB: u64 = 1 << 20;
 
-async fn volume(lab: &Lab, driver: &Driver, name: &str) -> Place {
-    let id = driver.client.create(name, 64 * MIB, Some("ext4")).await.expect("it is created").volume_id;
-    Place { id, fs_type: Some("ext4"), staging: lab.path(&format!("staging-{name}")), target: lab.path(&format!("target-{name}")) }
-}
-
 /// A volume that has a file, not staged any more.
-async fn used(lab: &Lab, driver: &Driver, name: &str) -> Place {
-    let place = volume(lab, driver, name).await;
+async fn used(driver: &Driver, name: &str) -> Place {
+    let place = driver.place(name, 64 * MIB, Some("ext4")).await;
     place.up(&driver.client).await.unwrap();
     write(&place, "precious");
     place.down(&driver.client).await.unwrap();
@@ -59,7 +54,7 @@ async fn until_degraded(driver: &Driver, id: &str) {
 async fn a_volume_with_another_file_system_than_on_record_is_neither_mounted_nor_formatted() {
     let lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
-    let place = used(&lab, &driver, "v").await;
+    let place = used(&driver, "v").await;
     let right = driver.volume(&place.id).await.status.unwrap().format;
     let never = FormatStatus { state: FormatState::Never, fs_uuid: None };
     let other = FormatStatus { state: FormatState::Formatted, fs_uuid: Some("00000000-0000-4000-8000-000000000000".into()) };
@@ -80,7 +75,7 @@ async fn a_volume_with_another_file_system_than_on_record_is_neither_mounted_nor
 async fn objects_from_before_a_volume_was_allocated_do_not_cost_it_its_data() {
     let lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
-    let place = used(&lab, &driver, "v").await;
+    let place = used(&driver, "v").await;
     let (copies, right) = (driver.copies(&place.id).await, driver.volume(&place.id).await.status.unwrap());
     let uid = driver.volume(&place.id).await.metadata.uid.unwrap();
     fs::remove_file(lab.path(&format!("driver/state/witness/{uid}"))).unwrap();
@@ -100,7 +95,7 @@ async fn objects_from_before_a_volume_was_allocated_do_not_cost_it_its_data() {
 async fn a_copy_from_the_past_with_a_witness_from_the_past_is_served_only_by_force() {
     let mut lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
-    let place = volume(&lab, &driver, "v").await;
+    let place = driver.place("v", 64 * MIB, Some("ext4")).await;
     place.up(&driver.client).await.unwrap();
     write(&place, "old");
     let object = driver.volume(&place.id).await;
@@ -140,7 +135,7 @@ async fn a_copy_from_the_past_with_a_witness_from_the_past_is_served_only_by_for
 async fn a_volume_whose_object_is_deleted_while_it_is_staged_goes_when_it_is_unstaged_and_not_before() {
     let lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
-    let place = volume(&lab, &driver, "v").await;
+    let place = driver.place("v", 64 * MIB, Some("ext4")).await;
     place.up(&driver.client).await.unwrap();
     let copies = driver.copies(&place.id).await;
     // As kubectl does it: nobody asks csi-controller.
@@ -178,7 +173,7 @@ fn options_of(path: &Path) -> Option<String> {
 async fn mount_options_are_used_and_after_one_that_cannot_be_nothing_is_staged() {
     let lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
-    let (place, client) = (volume(&lab, &driver, "v").await, driver.client.clone());
+    let (place, client) = (driver.place("v", 64 * MIB, Some("ext4")).await, driver.client.clone());
     let refused = stage_with(&client, &place, &["there-is-no-such-option"]).await.unwrap_err();
     assert_eq!(refused.code(), Code::Internal, "{refused}");
     assert_eq!(options_of(&place.staging), None);

@@ -14,11 +14,6 @@ use tonic::{Code, Status};
 
 const MIB: u64 = 1 << 20;
 
-async fn volume(lab: &Lab, driver: &Driver, name: &str) -> Place {
-    let id = driver.client.create(name, 64 * MIB, None).await.expect("it is created").volume_id;
-    Place { id, fs_type: None, staging: lab.path(&format!("staging-{name}")), target: lab.path(&format!("target-{name}")) }
-}
-
 async fn count(lab: &Lab, driver: &Driver, place: &Place) -> Option<String> {
     let uid = driver.volume(&place.id).await.metadata.uid.unwrap();
     let text = fs::read_to_string(lab.path(&format!("driver/state/assembling/{uid}"))).ok()?;
@@ -55,7 +50,7 @@ async fn kill_in_assembly(lab: &Lab, driver: &mut Driver, place: &Place) {
 async fn a_volume_whose_assembly_took_csi_node_with_it_three_times_is_refused_until_an_operator_lifts_that() {
     let lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
-    let (place, neighbour) = (volume(&lab, &driver, "bad").await, volume(&lab, &driver, "good").await);
+    let (place, neighbour) = (driver.place("bad", 64 * MIB, None).await, driver.place("good", 64 * MIB, None).await);
     for _ in 0..2 {
         kill_in_assembly(&lab, &mut driver, &place).await;
     }

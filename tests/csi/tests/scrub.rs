@@ -9,7 +9,6 @@ use std::{
 };
 
 use lockstep_csi_tests::{
-    client::Place,
     driver::{Driver, until},
     lab::{Lab, identical, text},
     load,
@@ -53,8 +52,7 @@ fn byte(copy: &Path) -> u8 {
 async fn a_byte_that_rots_in_one_copy_is_named_under_load_and_repaired_from_the_copy_that_the_operator_believes() {
     let lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
-    let id = driver.client.create("rot", 512 * MIB, None).await.expect("it is created").volume_id;
-    let place = Place { id, fs_type: None, staging: lab.path("staging"), target: lab.path("target") };
+    let place = driver.place("rot", 512 * MIB, None).await;
     place.up(&driver.client).await.unwrap();
     let of = format!("of={}", text(&place.target));
     run("dd", &["if=/dev/urandom", &of, "bs=1M", "count=512", "oflag=direct", "status=none"]);

@@ -8,7 +8,7 @@ use std::{
 };
 
 use lockstep_csi_tests::{
-    client::{Client, Place, capability, create_request},
+    client::{Client, capability, create_request},
     driver::Driver,
     lab::{Lab, alone, identical, text},
     load,
@@ -22,17 +22,12 @@ use tonic::Code;
 
 const MIB: u64 = 1 << 20;
 
-async fn place(lab: &Lab, driver: &Driver, name: &str, bytes: u64, fs_type: Option<&'static str>) -> Place {
-    let volume = driver.client.create(name, bytes, fs_type).await.expect("it is created");
-    Place { id: volume.volume_id, fs_type, staging: lab.path(&format!("staging-{name}")), target: lab.path(&format!("target-{name}")) }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_system_lives_on_two_identical_copies_that_can_each_be_read_alone() {
     let lab = Lab::new(2, 1500);
     let mut driver = Driver::start(&lab).await;
     for fs_type in ["ext4", "xfs"] {
-        let place = place(&lab, &driver, fs_type, 400 * MIB, Some(fs_type)).await;
+        let place = driver.place(fs_type, 400 * MIB, Some(fs_type)).await;
         place.up(&driver.client).await.unwrap();
         assert_eq!(driver.volume(&place.id).await.status.unwrap().phase, VolumePhase::Ready);
         fs::write(place.target.join("hello"), "kept twice").unwrap();
@@ -65,7 +60,7 @@ async fn a_file_system_lives_on_two_identical_copies_that_can_each_be_read_alone
 async fn a_bare_device_is_verified_under_load_and_a_flipped_byte_is_found() {
     let lab = Lab::new(2, 1500);
     let mut driver = Driver::start(&lab).await;
-    let place = place(&lab, &driver, "block", 400 * MIB, None).await;
+    let place = driver.place("block", 400 * MIB, None).await;
     place.up(&driver.client).await.unwrap();
     assert!(load::on_device(&place.target, 8).succeeded(), "fio found an error");
     let usage = driver.client.usage(&place.id, &place.target).await.unwrap();
@@ -90,8 +85,8 @@ async fn after_a_minute_of_load_all_copies_are_identical() {
     const SECONDS: u32 = 60;
     let lab = Lab::new(2, 1500);
     let mut driver = Driver::start(&lab).await;
-    let ext4 = place(&lab, &driver, "ext4", 512 * MIB, Some("ext4")).await;
-    let block = place(&lab, &driver, "block", 512 * MIB, None).await;
+    let ext4 = driver.place("ext4", 512 * MIB, Some("ext4")).await;
+    let block = driver.place("block", 512 * MIB, None).await;
     ext4.up(&driver.client).await.unwrap();
     block.up(&driver.client).await.unwrap();
     let loads = [load::on_files(&ext4.target, SECONDS), load::on_device(&block.target, SECONDS)];
@@ -110,7 +105,7 @@ async fn every_call_can_be_repeated_and_what_does_not_fit_is_refused() {
     let lab = Lab::new(2, 1500);
     let mut driver = Driver::start(&lab).await;
     let client = driver.client.clone();
-    let place = place(&lab, &driver, "again", 64 * MIB, Some("ext4")).await;
+    let place = driver.place("again", 64 * MIB, Some("ext4")).await;
     assert_eq!(client.create("again", 64 * MIB, Some("ext4")).await.unwrap().volume_id, place.id);
     assert_eq!(client.create("again", 65 * MIB, Some("ext4")).await.unwrap_err().code(), Code::AlreadyExists);
     assert_eq!(client.publish(&place.id, &place.staging, &place.target, Some("ext4")).await.unwrap_err().code(), Code::FailedPrecondition);
@@ -153,7 +148,7 @@ async fn a_volume_grows_while_it_is_used_and_again_at_its_next_stage() {
     let mut driver = Driver::start(&lab).await;
     let client = driver.client.clone();
     // XFS, because growing a mounted ext4 takes CAP_SYS_RESOURCE, which not every machine that runs this has.
-    let place = place(&lab, &driver, "grows", 320 * MIB, Some("xfs")).await;
+    let place = driver.place("grows", 320 * MIB, Some("xfs")).await;
     place.up(&client).await.unwrap();
     let size = async || client.usage(&place.id, &place.target).await.unwrap()[0].total;
     let before = size().await;
@@ -176,7 +171,7 @@ async fn a_volume_grows_while_it_is_used_and_again_at_its_next_stage() {
 
     // ext4 grows before it is mounted.
     client.delete(&place.id).await.unwrap();
-    let ext4 = self::place(&lab, &driver, "ext4", 64 * MIB, Some("ext4")).await;
+    let ext4 = driver.place("ext4", 64 * MIB, Some("ext4")).await;
     ext4.up(&client).await.unwrap();
     let before = client.usage(&ext4.id, &ext4.target).await.unwrap()[0].total;
     ext4.down(&client).await.unwrap();
@@ -200,7 +195,7 @@ async fn a_thick_volume_on_full_disks_never_runs_out_of_space() {
     };
     let mut bytes = largest().await;
     assert!(bytes > 1200 * MIB, "{bytes}");
-    let place = place(&lab, &driver, "full", bytes, Some("xfs")).await;
+    let place = driver.place("full", bytes, Some("xfs")).await;
     let more = client.create("more", 8 * MIB, None).await.unwrap_err();
     assert_eq!(more.code(), Code::ResourceExhausted, "{more}");
     place.up(&client).await.unwrap();
@@ -232,7 +227,7 @@ async fn a_thick_volume_on_full_disks_never_runs_out_of_space() {
     // At once, but for what XFS has taken for itself since.
     let all = std::mem::replace(&mut bytes, largest().await);
     assert!(bytes + 8 * MIB >= all, "of {all} bytes {bytes} are free again");
-    let block = self::place(&lab, &driver, "raw", bytes, None).await;
+    let block = driver.place("raw", bytes, None).await;
     block.up(&client).await.unwrap();
     let of = format!("of={}", text(&block.target));
     run("dd", &["if=/dev/urandom", &of, "bs=1M", &format!("count={}", bytes / MIB), "oflag=direct", "status=none"]);
@@ -247,7 +242,7 @@ async fn a_new_volume_costs_no_resync_and_a_clean_stop_leaves_none() {
     let lab = Lab::new(2, 1500);
     let mut driver = Driver::start(&lab).await;
     let client = driver.client.clone();
-    let place = place(&lab, &driver, "new", 1024 * MIB, Some("ext4")).await;
+    let place = driver.place("new", 1024 * MIB, Some("ext4")).await;
     for _ in 0..2 {
         place.up(&client).await.unwrap();
         fs::write(place.target.join("f"), "x").unwrap();

@@ -9,7 +9,6 @@ use std::{
 };
 
 use lockstep_csi_tests::{
-    client::Place,
     driver::{Driver, until},
     lab::{Lab, identical, text},
 };
@@ -51,7 +50,7 @@ async fn writes_wait_for_the_fast_disk_alone_a_flush_for_both_and_a_kill_loses_n
     rotates(&lab, 1, false);
     let mut driver = Driver::start(&lab).await;
     let id = driver.client.create_with("mixed", 64 * MIB, &[("writeBehind", "rotational")]).await.unwrap();
-    let place = Place { id, fs_type: None, staging: lab.path("staging"), target: lab.path("target") };
+    let place = driver.place_of(id, None);
     place.up(&driver.client).await.unwrap();
     until("write-behind", || async { fs::read_to_string(driver.node_log()).unwrap().contains("WriteBehind").then_some(()) }).await;
     let slow = lab.mount_of(0).unwrap();

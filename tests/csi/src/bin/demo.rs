@@ -131,7 +131,7 @@ async fn provision() -> anyhow::Result<Demo> {
 
     story.step("creating a volume");
     let volume = driver.client.create("demo", VOLUME_BYTES, Some(FS)).await?;
-    let place = Place { id: volume.volume_id, fs_type: Some(FS), staging: lab.path("staging"), target: lab.path("pod") };
+    let place = driver.place_of(volume.volume_id, Some(FS));
     place.up(&driver.client).await?;
     let mut demo = Demo { driver, lab, place, story };
     demo.until_healthy().await;
