@@ -276,7 +276,7 @@ impl<S: Store> Node<S> {
             let bytes = volume.spec.capacity_bytes;
             for (disk, leg) in disks.iter().zip(ids) {
                 let dir = legs::dir(disk, &uid, leg);
-                legs::prepare(&dir, &volume, &uid, leg)?;
+                legs::prepare(&dir, &volume, &uid, leg, None)?;
                 create_leg(&dir, bytes, &format::new_leg(id, ids, leg, bytes / BLOCK_SIZE))?;
             }
             Ok(create_witness(&witness, &format::new_witness(id, ids, bytes / BLOCK_SIZE))?)

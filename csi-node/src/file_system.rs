@@ -4,6 +4,7 @@
 //! never formatted --> formatting --mkfs--> formatted(UUID) --> fsck, mount, grow
 //!   must be blank       wiped first          must be there with that UUID, or DATA_LOSS
 //! ```
+//! The record is the object's, and each leg's from the moment that mkfs is done (`formatted.rs`).
 
 use std::{fs::File, path::Path};
 

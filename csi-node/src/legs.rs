@@ -43,6 +43,9 @@ struct VolumeFile {
     uid: String,
     leg_id: String,
     spec: lockstep_proto::objects::MirrorVolumeSpec,
+    /// The file system that was made on the volume, to its end: there may be data on it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    fs_uuid: Option<String>,
 }
 
 /// A UUID's 128 bits, from its text.
@@ -97,11 +100,11 @@ pub fn epoch(dir: &Path) -> Result<Option<u64>, Error> {
 }
 
 /// Makes the leg's directory with `volume.yaml`. `data` and `meta` are the datapath's. What a cut-off attempt left there is removed: the
-/// caller knows that the leg was never used. Blocks.
+/// caller knows that the leg was never used. `fs_uuid` is of the volume's file system, if it was made. Blocks.
 ///
 /// # Errors
 /// `StateError::Io`.
-pub fn prepare(dir: &Path, volume: &MirrorVolume, uid: &str, leg: LegId) -> Result<(), StateError> {
+pub fn prepare(dir: &Path, volume: &MirrorVolume, uid: &str, leg: LegId, fs_uuid: Option<String>) -> Result<(), StateError> {
     let failed = |source| StateError::Io { path: dir.to_owned(), source };
     remove(dir).map_err(failed)?;
     fs::create_dir(dir).map_err(failed)?;
@@ -111,8 +114,32 @@ pub fn prepare(dir: &Path, volume: &MirrorVolume, uid: &str, leg: LegId) -> Resu
         uid: uid.to_owned(),
         leg_id: leg.to_string(),
         spec: volume.spec.clone(),
+        fs_uuid,
     };
     state_dir::write_record(&dir.join("volume.yaml"), &file)
+}
+
+/// The UUID of the file system that was made on the volume, to its end. `None`: none was, as far as this leg knows. Blocks.
+///
+/// # Errors
+/// `StateError::Unreadable`.
+pub fn file_system(dir: &Path) -> Result<Option<String>, StateError> {
+    Ok(state_dir::read_record::<VolumeFile>(&dir.join("volume.yaml"))?.and_then(|file| file.fs_uuid))
+}
+
+/// Says on the leg that this file system was made, if it does not say so yet. Blocks.
+///
+/// # Errors
+/// `StateError::Unreadable`, also if there is no `volume.yaml`; `StateError::Io`.
+pub fn record_file_system(dir: &Path, fs_uuid: &str) -> Result<(), StateError> {
+    let path = dir.join("volume.yaml");
+    let file = state_dir::read_record::<VolumeFile>(&path)?;
+    let mut file = file.ok_or_else(|| StateError::Unreadable { path: path.clone(), reason: "it is not there".into() })?;
+    if file.fs_uuid.as_deref() == Some(fs_uuid) {
+        return Ok(());
+    }
+    file.fs_uuid = Some(fs_uuid.to_owned());
+    state_dir::write_record(&path, &file)
 }
 
 /// Removes a leg. `meta` goes first, so that half of a leg is never taken for a whole one. Not there: nothing done. Blocks. XFS gives back
@@ -160,9 +187,9 @@ mod tests {
         let spec = serde_json::from_str(r#"{"csiName":"v","capacityBytes":1,"node":"n","volumeMode":"Block"}"#).unwrap();
         let (volume, leg) = (MirrorVolume::new("v", spec), LegId([7; 16]));
         let dir = root.path().join("u.l");
-        prepare(&dir, &volume, "u", leg).unwrap();
+        prepare(&dir, &volume, "u", leg, None).unwrap();
         fs::write(dir.join("data"), "half").unwrap();
-        prepare(&dir, &volume, "u", leg).unwrap();
+        prepare(&dir, &volume, "u", leg, None).unwrap();
         assert!(!dir.join("data").exists());
         let file: VolumeFile = state_dir::read_record(&dir.join("volume.yaml")).unwrap().unwrap();
         assert_eq!((file.uid.as_str(), file.leg_id), ("u", leg.to_string()));

@@ -25,6 +25,7 @@ pub mod config;
 pub mod disks;
 pub mod error;
 mod file_system;
+mod formatted;
 pub mod lease;
 pub mod legs;
 pub mod mirror;

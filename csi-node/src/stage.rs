@@ -119,7 +119,9 @@ impl<S: Store> Node<S> {
     async fn bring_up_file_system(self: &Arc<Self>, volume: &MirrorVolume, staged: &Staged, open: &Arc<OpenVolume>) -> Result<(), Error> {
         let Some(fs_type) = staged.fs_type else { return Err(Error::Precondition(format!("{} has no file system type", staged.volume))) };
         let device = open.volume.device().to_owned();
-        let record = volume.status.as_ref().map(|status| status.format.clone()).unwrap_or_default();
+        let said = volume.status.as_ref().map(|status| status.format.clone()).unwrap_or_default();
+        let record = self.format_on_record(staged, said.clone()).await?;
+        let (known, uuid) = (record == said, record.fs_uuid.clone());
         let again = record.state == FormatState::Formatting;
         let looked_at = device.clone();
         if blocking(&staged.volume, move || file_system::must_format(&looked_at, fs_type, &record)).await? {
@@ -129,7 +131,16 @@ impl<S: Store> Node<S> {
             blocking(&staged.volume, move || file_system::format(&device, fs_type, &new, again)).await?;
             // A file system that is on record is on both disks.
             open.volume.flush().await?;
+            self.record_on_legs(staged, open, &uuid).await?;
             self.record_format(staged, FormatState::Formatted, &uuid).await?;
+        } else if let Some(uuid) = uuid {
+            // Legs that an older csi-node made do not say so.
+            if let Err(error) = self.record_on_legs(staged, open, &uuid).await {
+                warn!(%error, "a copy does not say yet that the volume is formatted");
+            }
+            if !known {
+                self.record_format(staged, FormatState::Formatted, &uuid).await?;
+            }
         }
         let (staged, bytes) = (staged.clone(), open.bytes());
         blocking(&staged.volume.clone(), move || {

@@ -154,12 +154,15 @@ impl<S: Store> Node<S> {
         }
         let Some(disk) = reserved.as_ref().and_then(crate::disks::Reservation::disk) else { return Ok(None) };
         let object = open.object.clone();
+        let survivors_dir = open.disk_of(survivor).and_then(|name| self.disks.get(&name)).map(|disk| legs::dir(&disk, &open.uid, survivor));
         let (uid, leg) = (open.uid.clone(), LegId(*uuid::Uuid::new_v4().as_bytes()));
         let dir = legs::dir(&disk, &uid, leg);
         let made = {
             let (dir, volume) = (dir.clone(), datapath_id(&uid)?);
             blocking(&open.id, move || {
-                legs::prepare(&dir, &object, &uid, leg)?;
+                // If that cannot be read, the next stage says so on the new leg.
+                let fs_uuid = survivors_dir.and_then(|survivor| legs::file_system(&survivor).ok().flatten());
+                legs::prepare(&dir, &object, &uid, leg, fs_uuid)?;
                 create_leg(&dir, bytes, &format::spare_leg(volume, leg, bytes / BLOCK_SIZE))?;
                 Ok(())
             })

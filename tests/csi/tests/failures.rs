@@ -192,6 +192,13 @@ async fn a_killed_mkfs_does_not_brick_the_volume() {
     // What a mkfs that was killed leaves: the record says that it began, and some of it is on the device.
     place.up(&driver.client).await.unwrap();
     place.down(&driver.client).await.unwrap();
+    for copy in driver.copies(&place.id).await {
+        let file = copy.with_file_name("volume.yaml");
+        let said = fs::read_to_string(&file).unwrap();
+        fs::write(&file, said.lines().filter(|line| !line.starts_with("fsUuid")).map(|line| format!("{line}\n")).collect::<String>())
+            .unwrap();
+        run("dd", &["if=/dev/urandom", &format!("of={}", text(&copy)), "bs=4096", "seek=1", "count=64", "conv=notrunc", "status=none"]);
+    }
     let mut object = driver.volume(&place.id).await;
     object.status.as_mut().unwrap().format.state = FormatState::Formatting;
     use lockstep_store::Store;

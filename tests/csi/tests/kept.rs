@@ -71,6 +71,49 @@ async fn a_volume_with_another_file_system_than_on_record_is_neither_mounted_nor
     driver.stop();
 }
 
+/// As an API server that was restored from a backup has them.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_object_from_before_mkfs_was_done_does_not_cost_the_volume_its_file_system() {
+    let lab = Lab::new(3, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let place = used(&driver, "v").await;
+    // One of the copies that know is lost; the one in its place has to know it too.
+    place.up(&driver.client).await.unwrap();
+    let disk = driver.volume(&place.id).await.status.unwrap().legs[0].disk.clone();
+    lab.fail_disk((0..3).find(|number| lab.mount_of(*number).is_some_and(|mount| mount.ends_with(&disk))).unwrap());
+    write(&place, "precious");
+    until("a copy on the third disk", || async {
+        let status = driver.volume(&place.id).await.status?;
+        let healthy = status.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.reason == "Healthy");
+        (healthy && status.legs.iter().all(|leg| leg.disk != disk)).then_some(())
+    })
+    .await;
+    place.down(&driver.client).await.unwrap();
+    for copy in driver.copies(&place.id).await {
+        let said = fs::read_to_string(copy.with_file_name("volume.yaml")).unwrap();
+        assert!(said.contains("fsUuid"), "{said}");
+    }
+
+    let right = driver.volume(&place.id).await.status.unwrap().format;
+    let forgotten = FormatStatus { state: FormatState::Formatting, fs_uuid: Some("00000000-0000-4000-8000-000000000000".into()) };
+    set_status(&driver, &place.id, |status| status.format = forgotten.clone()).await;
+    place.up(&driver.client).await.unwrap();
+    assert_eq!(read(&place), "precious");
+    assert_eq!(driver.volume(&place.id).await.status.unwrap().format, right, "the object was not told");
+    place.down(&driver.client).await.unwrap();
+
+    // Nothing is there any more: that is not a reason to make it again.
+    for copy in driver.copies(&place.id).await {
+        run("wipefs", &["--all", "--quiet", text(&copy)]);
+    }
+    for record in [forgotten, FormatStatus { state: FormatState::Never, fs_uuid: None }] {
+        set_status(&driver, &place.id, |status| status.format = record).await;
+        let refused = place.up(&driver.client).await.unwrap_err();
+        assert_eq!(refused.code(), Code::DataLoss, "{refused}");
+    }
+    driver.stop();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn objects_from_before_a_volume_was_allocated_do_not_cost_it_its_data() {
     let lab = Lab::new(2, 1200);
