@@ -7,7 +7,7 @@ use lockstep_core::{format, units::BlockRange};
 use crate::world::VOLUME;
 
 /// What one disk holds for the volume.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 pub struct Disk {
     /// What survives a crash; a missing block was never written.
     pub durable: BTreeMap<u64, u64>,

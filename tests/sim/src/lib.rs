@@ -12,6 +12,7 @@
 mod disk;
 mod memory;
 pub mod oracles;
+mod orders;
 mod performing;
 pub mod simulator;
 mod world;

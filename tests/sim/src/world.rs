@@ -379,9 +379,7 @@ impl World {
 
     /// Ends a random piece of work; `false`: there is none.
     pub fn step(&mut self) -> bool {
-        let hangs = |work: &Work| matches!(work, Work::Leg(slot, ..) if self.disks[slot.index()].hung);
-        let movable = self.work.iter().filter(|(io, work)| !self.stuck.contains(io) && !hangs(work));
-        let movable: Vec<IoId> = movable.map(|(io, _)| *io).collect();
+        let movable = self.movable();
         if movable.is_empty() {
             return false;
         }

@@ -319,16 +319,17 @@ impl Mirror {
     /// Everything was looked at, or a leg is not what it was. What could not be read is listed before the copy ends.
     fn copied(&mut self, id: EntryId, lost: bool, out: &mut Effects) {
         let Some(copy) = self.copies.get_mut(&id) else { return };
-        let (unreadable, slot) = (core::mem::take(&mut copy.unreadable), copy.to);
-        if lost || unreadable == Runs::default() {
+        // When no list will become durable any more, nobody waits for one.
+        let lost = lost || self.read_only.is_some();
+        if lost || copy.unreadable == Runs::default() {
             let ok = !lost && !copy.failed;
             return self.end_copy(id, ok, out);
         }
-        let Some(version) = self.bad_blocks.insert(&unreadable) else {
-            unreadable.iter().for_each(|range| out.push(Effect::Notice(Notice::RebuildBlocked { slot, range })));
+        let Some(version) = self.bad_blocks.insert(&copy.unreadable) else {
+            let slot = copy.to;
+            copy.unreadable.iter().for_each(|range| out.push(Effect::Notice(Notice::RebuildBlocked { slot, range })));
             return self.end_copy(id, false, out);
         };
-        unreadable.iter().for_each(|range| out.push(Effect::Notice(Notice::BlocksLost { range })));
         copy.step = Step::Listing(version);
         if let Some(index) = copy.buffer.take() {
             self.free_buffer(index, out);
@@ -338,7 +339,9 @@ impl Mirror {
 
     /// What it could not read is durably listed.
     pub(super) fn listed(&mut self, id: EntryId, out: &mut Effects) {
-        let ok = self.copies.get(&id).is_some_and(|copy| !copy.failed && !self.copy_is_lost(copy));
+        let Some(copy) = self.copies.get(&id) else { return };
+        copy.unreadable.iter().for_each(|range| out.push(Effect::Notice(Notice::BlocksLost { range })));
+        let ok = !copy.failed && !self.copy_is_lost(copy);
         self.end_copy(id, ok, out);
     }
 }

@@ -8,6 +8,7 @@ mod changes;
 mod crash;
 mod deadlines;
 mod errors;
+mod every_crash;
 mod histories;
 mod membership;
 mod order;

@@ -1,0 +1,333 @@
+//! A crash, or a disk that goes, at every moment (mirror rules 17 to 24).
+
+use std::collections::BTreeSet;
+
+use lockstep_core::{
+    format::{self, REGION_BLOCKS},
+    io::{Fill, LegOp, Notice, Request},
+    status::{LegState, Sync},
+    units::{Errno, Slot},
+};
+use lockstep_sim::{Rng, VOLUME, World};
+
+use crate::{in_flight_on, miss_and_return, range, run_dry, warm};
+
+/// Power cuts at this moment, each with other survivors of what was volatile.
+fn power_cuts(world: &World, cuts: u64) -> impl Iterator<Item = World> {
+    (0..cuts).map(|cut| {
+        let mut after = world.clone();
+        after.rng = Rng(cut);
+        after.crash([true, true]).expect("both are IN");
+        after
+    })
+}
+
+fn differing(world: &World) -> BTreeSet<u64> {
+    let [a, b] = &world.disks;
+    let blocks = a.durable.keys().chain(b.durable.keys());
+    blocks.copied().filter(|block| a.read(*block) != b.read(*block)).collect()
+}
+
+/// After a power cut: where the copies differ a bit says so, what is read there does not change any more, each block is one of these, and the copies become equal.
+fn assert_resynced(mut world: World, block: u64, may_be: &[u64]) {
+    let dirty = world.disks[0].dirty_regions().union(&world.disks[1].dirty_regions()).copied().collect::<Vec<_>>();
+    for block in differing(&world) {
+        assert!(dirty.contains(&(block / REGION_BLOCKS)), "{block} differs and nothing says so: {}", world.trace());
+    }
+    let found = world.read_now(block).expect("both can read");
+    assert!(may_be.contains(&found), "{found}: {}", world.trace());
+    world.settle();
+    assert!(world.healthy() && world.mirror.status().dirty_regions == 0);
+    world.assert_identical();
+    assert_eq!(world.read_now(block), Ok(found), "{}", world.trace());
+    for block in block..block + 4 {
+        assert!(may_be.contains(&world.disks[0].read(block)));
+    }
+}
+
+/// Blocks 0 to 8 hold 2, durably.
+fn flushed(seed: u64) -> World {
+    let mut world = warm(seed);
+    world.write(range(0, 8));
+    run_dry(&mut world);
+    world.flush();
+    run_dry(&mut world);
+    world
+}
+
+#[test]
+fn case_18_after_a_power_cut_before_the_flush_each_block_is_old_or_new_and_the_legs_are_equal() {
+    let mut world = flushed(1);
+    let write = world.write(range(2, 6));
+    let mut answered = 0;
+    world.in_every_order(&mut |world| {
+        answered += usize::from(world.answers.contains_key(&write));
+        power_cuts(world, 12).for_each(|after| assert_resynced(after, 2, &[2, 3]));
+    });
+    assert!(answered > 0);
+}
+
+#[test]
+fn case_19_a_write_that_is_torn_on_b_only_is_found_by_its_bit_and_made_equal() {
+    let mut world = flushed(1);
+    world.write(range(2, 6));
+    let on_a = in_flight_on(&world, Slot::A, |op| matches!(op, LegOp::Write { .. })).expect("it was issued");
+    world.finish(on_a);
+    let cache = std::mem::take(&mut world.disks[0].cache);
+    world.disks[0].durable.extend(cache);
+    let mut torn = 0;
+    for after in power_cuts(&world, 40) {
+        torn += usize::from((1..4).contains(&differing(&after).len()));
+        assert_resynced(after, 2, &[2, 3]);
+    }
+    assert!(torn > 10, "{torn}");
+}
+
+#[test]
+fn case_20_a_crash_between_the_bit_and_the_data_costs_a_resync_and_nothing_else() {
+    let mut world = World::new(1);
+    run_dry(&mut world);
+    world.write(range(5000, 5004));
+    let mut between = 0;
+    world.in_every_order(&mut |world| {
+        let bits = world.disks.iter().all(|disk| disk.dirty_regions().contains(&1));
+        let data = world.disks.iter().any(|disk| disk.read(5000) != 0);
+        between += usize::from(bits && !data);
+        assert!(bits || !data, "data before its bit");
+        power_cuts(world, 12).for_each(|after| assert_resynced(after, 5000, &[0, 1]));
+    });
+    assert!(between > 0);
+}
+
+#[test]
+fn case_22_what_either_copy_of_the_bitmap_calls_dirty_is_resynced() {
+    for (on_a, on_b) in [(0b001, 0b010), (0b010, 0b001), (0b011, 0b100), (0b100, 0b100)] {
+        let mut world = flushed(1);
+        let blocks = [3, 5000, 8195];
+        for at in blocks {
+            world.write(range(at, at + 1));
+        }
+        run_dry(&mut world);
+        let stop = world.command(Request::Stop);
+        world.settle();
+        assert_eq!(world.answers[&stop], Ok(()));
+        for (disk, bits) in world.disks.iter_mut().zip([on_a, on_b]) {
+            let slots = (0..2).filter_map(|slot| {
+                let mut one = disk.meta.clone();
+                one[65536 + (1 - slot) * 4096..][..4096].fill(0);
+                format::bitmap_page(&one, VOLUME, 0).map(|page| page.sequence)
+            });
+            let newest = slots.max().expect("a page");
+            let page = format::encode_bitmap(VOLUME, newest + 1, &[bits]);
+            disk.meta[65536..69632].copy_from_slice(page.as_slice());
+        }
+        // What B holds there is nothing that was ever written.
+        world.disks[1].durable.extend(blocks.map(|block| (block, 1)));
+        world.crash([true, true]).expect("both are IN");
+        world.settle();
+        for (region, block) in blocks.into_iter().enumerate() {
+            let dirty = (on_a | on_b) >> region & 1 == 1;
+            assert_eq!(world.disks[0].read(block) == world.disks[1].read(block), dirty, "region {region} of {on_a:b} and {on_b:b}");
+        }
+    }
+}
+
+#[test]
+fn case_23_a_resync_that_is_cut_off_again_and_again_goes_on_and_ends_equal() {
+    let mut cut_off = 0;
+    for seed in 0..80 {
+        let mut world = flushed(seed);
+        for at in [0, 300, 5000, 8190] {
+            world.write(range(at, at + 4));
+        }
+        (0..seed % 9).for_each(|_| _ = world.step());
+        for cut in 0..6 {
+            world.crash([true, true]).expect("both are IN");
+            let found = [0, 300, 5000, 8190].map(|block| world.read_now(block));
+            (0..(seed + cut) % 13).for_each(|_| _ = world.step());
+            cut_off += usize::from(world.mirror.status().sync == Sync::Resync);
+            for (block, found) in [0, 300, 5000, 8190].into_iter().zip(found) {
+                assert_eq!(world.read_now(block), found, "a read changed: {}", world.trace());
+            }
+        }
+        world.settle();
+        assert!(world.healthy() && world.mirror.status().dirty_regions == 0);
+        world.assert_identical();
+    }
+    assert!(cut_off > 60, "{cut_off}");
+}
+
+#[test]
+fn case_25_what_one_leg_cannot_read_in_a_resync_comes_from_the_other_and_what_neither_can_stays_dirty_and_is_reported() {
+    for (bad_on_a, bad_on_b) in [(true, false), (false, true), (true, true)] {
+        for seed in 0..20 {
+            let mut world = flushed(seed);
+            world.write(range(2, 6));
+            world.step();
+            for (disk, bad) in world.disks.iter_mut().zip([bad_on_a, bad_on_b]) {
+                disk.bad.extend(bad.then_some(4));
+            }
+            world.crash([true, true]).expect("both are IN");
+            while world.mirror.status().sync != Sync::Idle || !world.mirror.status().ready {
+                if !world.step() {
+                    break;
+                }
+            }
+            let both = bad_on_a && bad_on_b;
+            assert_eq!(world.notices.contains(&Notice::Unreadable { range: range(4, 5) }), both, "{:?}", world.notices);
+            assert_eq!(world.mirror.status().legs.map(|leg| leg.state), [LegState::In; 2], "nobody goes OUT for it");
+            if both {
+                assert!(world.disks.iter().all(|disk| disk.dirty_regions().contains(&0)), "it is forgotten");
+                assert_eq!(world.read_now(4), Err(Errno::EIO));
+                // Until it is overwritten.
+                world.write(range(4, 5));
+                run_dry(&mut world);
+                assert_eq!(world.read_now(4), Ok(4));
+                world.crash([true, true]).expect("both are IN");
+            }
+            assert!(world.read_now(3).is_ok_and(|found| [2, 3].contains(&found)));
+            world.settle();
+            assert!(world.healthy());
+            world.assert_identical();
+        }
+    }
+}
+
+#[test]
+fn case_44_a_leg_whose_place_was_filled_by_another_one_meanwhile_is_never_given_only_its_dirty_regions() {
+    for crash in [false, true] {
+        let mut world = flushed(1);
+        let old = |world: &World| world.disks[1].clone();
+        world.disks[1].dead = true;
+        world.write(range(0, 4));
+        world.settle();
+        let out = old(&world);
+        world.disks[1].dead = false;
+        // C is filled and IN; the bits are clean; then C misses something.
+        world.replace(Slot::B);
+        world.settle();
+        assert!(world.healthy() && world.mirror.status().dirty_regions == 0);
+        let filled = old(&world);
+        world.write(range(5000, 5004));
+        world.settle();
+        world.disks[1].dead = true;
+        world.write(range(8190, 8194));
+        world.settle();
+        // B returns.
+        world.disks[1] = out;
+        world.disks[1].dead = false;
+        if crash {
+            world.crash([true, true]).expect("A is IN");
+            run_dry(&mut world);
+            assert_eq!(world.mirror.status().legs.map(|leg| leg.state), [LegState::In, LegState::Out]);
+        }
+        let back = world.mirror.readmission(&world.disks[1].meta);
+        assert!(back.is_none_or(|(_, fill)| fill == Fill::Everything), "{back:?}");
+        // C returns: it missed one region.
+        world.disks[1] = filled;
+        let back = world.mirror.readmission(&world.disks[1].meta);
+        assert_eq!(back, Some((Slot::B, Fill::DirtyRegions)));
+        world.bring_back(Slot::B);
+        world.settle();
+        assert!(world.healthy());
+        world.assert_identical();
+    }
+}
+
+/// This disk is gone at this moment, for good or until later; everything must end, and what the other leg has is served.
+fn gone(world: &World, slot: Slot) -> World {
+    let mut world = world.clone();
+    world.disks[slot.index()].dead = true;
+    world.write(range(6, 8));
+    world.read(range(0, 8));
+    world.settle();
+    world
+}
+
+/// It comes back, and both are equal again.
+fn back(mut world: World, slot: Slot) {
+    let write = world.write(range(0, 2));
+    world.settle();
+    assert_eq!(world.answers[&write], Ok(()), "the other one serves");
+    world.bring_back(slot).unwrap_or_else(|| panic!("{slot:?} is refused: {}", world.trace()));
+    world.settle();
+    assert!(world.healthy(), "{:?}", world.mirror.status());
+    world.read(range(0, 8));
+    world.settle();
+    world.assert_identical();
+}
+
+#[test]
+fn case_53_a_leg_that_goes_at_any_moment_of_assembly_is_out_and_the_other_one_serves() {
+    let mut world = flushed(1);
+    world.write(range(2, 6));
+    world.step();
+    for crashed in power_cuts(&world, 2) {
+        let worlds = crashed.in_every_order_while(&mut |world| {
+            for slot in Slot::BOTH {
+                back(gone(world, slot), slot);
+            }
+            !world.mirror.status().ready
+        });
+        assert!(worlds > 15, "{worlds}");
+    }
+}
+
+#[test]
+fn case_53_a_leg_that_goes_at_any_moment_of_taking_the_other_out_costs_no_answered_write() {
+    let mut world = flushed(1);
+    world.write(range(2, 6));
+    world.disks[1].dead = true;
+    world.flush();
+    let worlds = world.in_every_order(&mut |world| {
+        let mut lost = gone(world, Slot::A);
+        lost.disks.iter_mut().for_each(|disk| disk.dead = false);
+        for present in [[true, true], [true, false], [false, true]] {
+            for killed in [false, true] {
+                let mut after = lost.clone();
+                // The oracle of a read: not older than what was answered, or after a power cut what a flush covered.
+                let assembled = if killed { after.kill(present) } else { after.crash(present) };
+                match assembled {
+                    Ok(()) => {
+                        after.read(range(0, 8));
+                        after.settle();
+                    }
+                    Err(refusal) => assert_ne!(present, [true, true], "{refusal}: {}", lost.trace()),
+                }
+            }
+        }
+    });
+    assert!(worlds > 5, "{worlds}");
+}
+
+#[test]
+fn case_53_a_leg_that_goes_at_any_moment_of_its_readmission_is_out_again_and_without_its_source_nothing_stale_is_served() {
+    let mut moments = 0;
+    for seed in 0..5 {
+        let mut world = warm(seed);
+        miss_and_return(&mut world);
+        while !world.healthy() && world.step() {
+            moments += 1;
+            back(gone(&world, Slot::B), Slot::B);
+            // The source is gone: the oracle of every read is that it is not older than what was answered.
+            let mut alone = gone(&world, Slot::A);
+            let lost = |notice: &Notice| matches!(notice, Notice::BlocksLost { .. });
+            assert!(!alone.notices.iter().any(lost), "a disk that is gone has lost no blocks: it may come back");
+            if alone.mirror.status().legs[1].state == LegState::In {
+                back(alone, Slot::A);
+                continue;
+            }
+            alone.disks[0].dead = false;
+            alone.kill([true, true]).unwrap_or_else(|refusal| panic!("{refusal}: {}", world.trace()));
+            alone.read(range(0, 8));
+            alone.settle();
+            if alone.mirror.status().legs[1].state == LegState::Out {
+                alone.bring_back(Slot::B).expect("it has a place");
+                alone.settle();
+            }
+            assert!(alone.healthy());
+            alone.assert_identical();
+        }
+    }
+    assert!(moments > 60, "{moments}");
+}
