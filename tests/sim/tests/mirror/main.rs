@@ -9,6 +9,7 @@ mod crash;
 mod deadlines;
 mod errors;
 mod every_crash;
+mod every_order;
 mod histories;
 mod membership;
 mod order;
