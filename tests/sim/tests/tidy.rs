@@ -93,3 +93,37 @@ fn nothing_is_left_for_later_or_left_out() {
         }
     }
 }
+
+/// The numbers of a test that is named after cases: `case_15_and_16_a_flush`.
+fn cases_of(test: &str) -> Vec<usize> {
+    let mut cases = Vec::new();
+    let mut words = test.strip_prefix("case_").into_iter().flat_map(|rest| rest.split('_')).peekable();
+    while let Some(case) = words.next().and_then(|word| word.parse().ok()) {
+        cases.push(case);
+        if words.next_if_eq(&"and").is_none() {
+            break;
+        }
+    }
+    cases
+}
+
+#[test]
+fn each_case_of_the_contract_names_tests_that_exist_and_all_that_are_named_after_it() {
+    let mut tests = BTreeSet::new();
+    for (_, text) in named(".rs") {
+        let named = |line: &str| line.trim_start().strip_prefix("fn ")?.split('(').next().map(str::to_owned);
+        tests.extend(text.lines().zip(text.lines().skip(1)).filter(|(mark, _)| mark.contains("test]")).filter_map(|(_, line)| named(line)));
+    }
+    let design = fs::read_to_string(root().join("datapath/DESIGN.md")).expect("text");
+    let (_, table) = design.split_once("| Case | Proven by |\n|---|---|\n").expect("the table");
+    for (n, row) in table.lines().take_while(|line| line.starts_with('|')).enumerate() {
+        let case = n + 1;
+        assert!(row.starts_with(&format!("| {case} | `")), "case {case}: {row}");
+        let listed: BTreeSet<String> = row.split('`').skip(1).step_by(2).map(str::to_owned).collect();
+        let missing: Vec<_> = listed.difference(&tests).collect();
+        assert!(missing.is_empty(), "case {case}: no such test: {missing:?}");
+        let unlisted: Vec<_> = tests.iter().filter(|test| cases_of(test).contains(&case) && !listed.contains(*test)).collect();
+        assert!(unlisted.is_empty(), "case {case} does not list {unlisted:?}");
+    }
+    assert_eq!(table.lines().take_while(|line| line.starts_with('|')).count(), 54, "cases");
+}
