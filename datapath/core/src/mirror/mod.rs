@@ -13,7 +13,7 @@
 //! Invariants, asserted by `check_invariants` (`invariants.rs`):
 //! 1. At least one leg is IN.
 //! 2. No two issued exclusive entries of the range lock overlap.
-//! 3. Data is issued only to regions whose bit is durably set on every leg that is IN by the durable record.
+//! 3. Data is issued only to regions whose bit is durably set on every leg that is IN by the durable record; the copies of a rebuild need none.
 //! 4. A region's `pending` is the number of unreleased writes and copies in the range lock there.
 //! 5. A RECOVERING leg serves no read.
 //! 6. A region that counts as dirty for the cap is counted, and only what waits for room is in that queue.
@@ -379,10 +379,18 @@ impl Mirror {
     /// A write or copy whose regions may be dirty goes into the range lock. Its bits are wanted at once, and held until it is released.
     fn enter(&mut self, id: EntryId, range: BlockRange, class: Class, out: &mut Effects) {
         self.bitmap.hold(range);
-        self.bitmap.want(range);
+        if self.needs_bits(id) {
+            self.bitmap.want(range);
+        }
         if self.lock.acquire(id, range, class) {
             self.granted(id, out);
         }
+    }
+
+    /// Whether the legs that count may differ while this is under way. The copies of a rebuild go to a leg that counts only when all of them are
+    /// durable; so that a rebuild which is resumed goes on at its checkpoint, the bits name nothing but what was written meanwhile.
+    fn needs_bits(&self, id: EntryId) -> bool {
+        !self.copies.get(&id).is_some_and(|copy| matches!(copy.purpose, copies::CopyFor::Sync { fill: Some(_), .. }))
     }
 
     /// An entry may go: nothing before it overlaps it.
@@ -394,7 +402,7 @@ impl Mirror {
             return self.scrub_granted(id, out);
         };
         // When no bit will become durable any more, what comes to be issued fails there.
-        if self.bitmap.want(range) || self.read_only.is_some() {
+        if !self.needs_bits(id) || self.bitmap.want(range) || self.read_only.is_some() {
             self.ready_to_issue(id, out);
         } else if let Some(write) = self.writes.get_mut(&id) {
             write.stage = writes::Stage::Bits;

@@ -196,8 +196,11 @@ impl Mirror {
             }
             self.room.look_again();
             let everything = matches!(syncing.target, Some((_, Fill::Everything)));
-            if everything && !syncing.failed && syncing.done.is_multiple_of(CHECKPOINT_REGIONS) {
-                let waiter = Waiter::Checkpoint(syncing.generation, (region as u64 + 1) * REGION_BLOCKS);
+            let block = (region as u64 + 1) * REGION_BLOCKS;
+            // It does not go back when a rebuild that is resumed copies what was written behind it.
+            let further = block > self.checkpoint && syncing.done.is_multiple_of(CHECKPOINT_REGIONS);
+            if everything && !syncing.failed && further {
+                let waiter = Waiter::Checkpoint(syncing.generation, block);
                 return self.submit_flush(waiter, out);
             }
         }

@@ -403,6 +403,55 @@ fn rule_23_a_checkpoint_only_says_what_is_copied_and_durable_and_of_this_leg() {
 }
 
 #[test]
+fn rule_23_a_rebuild_that_is_resumed_copies_what_is_beyond_its_checkpoint_and_what_was_written_since_and_no_more() {
+    const REGIONS: u64 = 130;
+    for seed in 0..4 {
+        let mut world = warm(seed);
+        world.command(Request::Grow { blocks: REGIONS * REGION_BLOCKS });
+        run_dry(&mut world);
+        for region in 0..REGIONS {
+            world.write(range(region * REGION_BLOCKS + 5, region * REGION_BLOCKS + 15));
+        }
+        world.flush();
+        world.settle();
+        assert_eq!(world.mirror.status().dirty_regions, 0);
+        let (missed, far) = if seed % 2 == 0 { (1, 1) } else { (64, 128 * REGION_BLOCKS) };
+        world.disks[1].dead = true;
+        for region in 0..missed {
+            world.write(range(region * REGION_BLOCKS + 5, region * REGION_BLOCKS + 15));
+        }
+        world.settle();
+        replace_b(&mut world, 77);
+        let of = |disk: &lockstep_sim::Disk| format::superblock(&disk.meta).map_or(0, |superblock| superblock.0.checkpoint);
+        let checkpoint = |world: &World| world.disks.iter().map(of).min().unwrap();
+        while checkpoint(&world) < far {
+            assert!(world.step(), "there was no checkpoint");
+        }
+        // What is behind it is written again, on the leg that is filled, too; if that is cut off there, the bit says so.
+        let write = world.write(range(7 * REGION_BLOCKS + 8, 7 * REGION_BLOCKS + 9));
+        while !world.answers.contains_key(&write) {
+            assert!(world.step(), "it was never answered");
+        }
+        for _ in 0..seed * 3 {
+            world.step();
+        }
+        let first = checkpoint(&world) / REGION_BLOCKS;
+        world.crash([true, true]).expect("A is IN");
+        while !world.healthy() {
+            assert!(world.step() || world.tick(), "it never ended");
+            // 0: it is done.
+            let now = checkpoint(&world) / REGION_BLOCKS;
+            assert!(now == 0 || now >= first, "it went back from region {first} to {now}");
+        }
+        // What B missed, and region 7; region 0 has one block more.
+        let (copied, beyond) = (world.mirror.status().copied_blocks, REGIONS - first);
+        assert!((10 * beyond..=10 * (beyond + missed + 1) + 1).contains(&copied), "{copied} blocks, from region {first} on");
+        world.settle();
+        world.assert_identical();
+    }
+}
+
+#[test]
 fn case_52_after_a_kill_between_two_landings_reads_never_go_back() {
     let mut differed = 0;
     for seed in 0..300 {
