@@ -134,6 +134,12 @@ impl Mirror {
         }
     }
 
+    /// Whether a resync is writing to this leg here.
+    pub(super) fn resync_lands_on(&self, slot: Slot, range: BlockRange) -> bool {
+        let lands = |copy: &Copy| matches!(copy.purpose, CopyFor::Sync { .. }) && matches!(copy.step, Step::Zero | Step::Write);
+        self.copies.values().any(|copy| lands(copy) && copy.ends().1 == slot && copy.range.overlaps(range))
+    }
+
     /// One of its legs is not what it was: nothing more is issued for it.
     pub(super) fn copy_is_lost(&self, copy: &Copy) -> bool {
         self.legs[copy.from.index()].state != State::In || !self.legs[copy.to.index()].takes_writes()

@@ -161,6 +161,7 @@ pub struct Mirror {
     copies: BTreeMap<EntryId, Copy>,
     /// Passed the lock and the bits, waiting for the end of a drain.
     held: Vec<EntryId>,
+    reads_behind_copies: Vec<EntryId>,
     /// New writes are held: a leg is changing sides.
     draining: bool,
     woken: Vec<EntryId>,
@@ -241,6 +242,7 @@ impl Mirror {
             reads: BTreeMap::new(),
             copies: BTreeMap::new(),
             held: Vec::new(),
+            reads_behind_copies: Vec::new(),
             draining: false,
             woken: Vec::new(),
             batch: None,
@@ -345,6 +347,7 @@ impl Mirror {
                 }
             }
             let before = out.0.len();
+            self.pump_reads(out);
             self.pump_pages(out);
             // A rebuild that became full and a growth whose pages are durable are taken up by the transition in the same round.
             self.pump_sync(out);

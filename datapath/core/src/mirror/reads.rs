@@ -2,7 +2,8 @@
 //!
 //! A read goes to one IN leg. If that fails it goes to the other; if that fails too and there is more than one block, it goes
 //! block by block, so that only a block that no leg can read fails. What one leg could not read and the other could is repaired. A read that
-//! touches a bad block (`bad_blocks.rs`) asks no leg.
+//! touches a bad block (`bad_blocks.rs`) asks no leg. When the leg that a resync copied from is lost, what others read there may be on its way to
+//! the leg that is left: reads wait for that copy, or they would see new, old, new (rule 21).
 
 use alloc::vec::Vec;
 
@@ -50,6 +51,9 @@ impl Mirror {
             }
             return self.read_failed(id, out);
         };
+        if self.resync_lands_on(slot, piece) {
+            return self.reads_behind_copies.push(id);
+        }
         if let Some(read) = self.reads.get_mut(&id) {
             read.tried[slot.index()] = true;
         }
@@ -57,6 +61,13 @@ impl Mirror {
         self.legs[slot.index()].read_end = piece.end;
         let buffer = Buffer::Request { tag, skip: piece.start - range.start };
         self.issue(slot, Purpose::Read(id), LegOp::Read { range: piece, buffer }, out);
+    }
+
+    /// Those that wait for a copy's write, if it has ended.
+    pub(super) fn pump_reads(&mut self, out: &mut Effects) {
+        for id in core::mem::take(&mut self.reads_behind_copies) {
+            self.issue_read(id, out);
+        }
     }
 
     /// The leg that serves a read: the pinned one where the legs may differ, else the one with less to do; among equals the one whose last read

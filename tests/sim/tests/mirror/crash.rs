@@ -2,7 +2,7 @@
 
 use lockstep_core::{
     format::{self, REGION_BLOCKS},
-    io::{Fill, LegOp, Request},
+    io::{Buffer, Fill, LegOp, Request},
     status::LegState,
     units::{Errno, LegId, Slot},
 };
@@ -480,4 +480,41 @@ fn case_52_after_a_kill_between_two_landings_reads_never_go_back() {
         world.assert_identical();
     }
     assert!(differed > 30, "the legs were equal already: {differed}");
+}
+
+#[test]
+fn rule_21_when_the_source_of_a_resync_is_lost_reads_wait_for_what_it_has_sent() {
+    let mut differed = 0;
+    for seed in 0..60 {
+        let mut world = warm(seed);
+        world.write(range(0, 8));
+        run_dry(&mut world);
+        world.flush();
+        run_dry(&mut world);
+        world.write(range(0, 8));
+        for _ in 0..seed % 3 {
+            world.step();
+        }
+        world.kill([true, true]).expect("both are IN");
+        let copied =
+            |op: &LegOp| matches!(op, LegOp::Write { buffer: Buffer::Copy { .. }, range, .. } if range.start <= 3 && 3 < range.end);
+        let copy = loop {
+            if let Some(copy) = in_flight_on(&world, Slot::B, copied) {
+                break copy;
+            }
+            assert!(world.step(), "it is never copied");
+        };
+        world.stuck.insert(copy);
+        let old = world.disks[1].read(3);
+        let found = world.read_now(3).expect("A can read");
+        differed += usize::from(found != old);
+        world.command(Request::Detach(Slot::A));
+        let read = world.read(range(3, 4));
+        run_dry(&mut world);
+        assert!(!world.answers.contains_key(&read), "it was answered, and the copy has not landed\n{}", world.trace());
+        world.stuck.remove(&copy);
+        run_dry(&mut world);
+        assert_eq!((world.answers[&read], world.found(read)), (Ok(()), Some(found)));
+    }
+    assert!(differed > 10, "the legs were equal already: {differed}");
 }
