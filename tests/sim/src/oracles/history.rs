@@ -144,12 +144,14 @@ impl History {
                 continue;
             };
             // Zeroes do not say whose they are: the oldest that it may be for the floor, the newest for what never happened.
-            let may = |version: &&Version| version.value == value && version.id >= least && !version.never;
+            // What was read before an exception may be answered after what was read behind it.
+            let across = self.exceptions != floor.exceptions;
+            let may = |version: &&Version| version.value == value && version.id >= least && (across || !version.never);
             let Some(oldest) = state.versions.iter().find(may).map(|version| version.id) else {
                 let known: Vec<_> = state.versions.iter().rev().take(6).map(|v| (v.id, v.value, v.state, v.never)).collect();
                 return Err(format!("block {block} read {value}, but nothing older than version {least} may be read; newest: {known:?}"));
             };
-            if self.exceptions != floor.exceptions {
+            if across {
                 continue; // it may have been read before the exception
             }
             let newest = state.versions.iter().rev().find(may).map_or(oldest, |version| version.id);

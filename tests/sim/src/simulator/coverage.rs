@@ -161,6 +161,9 @@ pub fn empty(state: State, kind: Kind, end: End) -> Option<Empty> {
         (State::Resync | State::Degraded | State::Rebuild | State::FullRebuild, Kind::Compare, _) => {
             Rare('t', "rare: a scrub waits for the end of a resync, and ends when a leg is lost (rule 30)")
         }
+        (_, Kind::BadBlocks, _) => {
+            Rare('u', "rare: a block is lost only where the last good copy could not be read, and found again by a write (rule 22)")
+        }
         (State::GivenUp, _, _) => Rare('r', "rare: what was under way when it gave up ends (rule 15)"),
         (_, Kind::Witness, End::Killed | End::PowerCut) | (State::Rebuild | State::FullRebuild, Kind::Bitmap | Kind::Superblock, _) => {
             Rare('s', "rare: a crash or fault between two steps of a change of who counts (rules 9, 23)")

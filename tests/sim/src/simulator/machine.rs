@@ -359,7 +359,7 @@ impl Machine {
         }
         self.witnessed |= status.ready;
         self.copies_may_wait |= status.sync != Sync::Idle || status.scrub.state == ScrubState::Running;
-        if status.ready && (!both(&status) || status.sync == Sync::Idle) {
+        if status.ready && !status.read_only && (!both(&status) || status.sync == Sync::Idle) {
             self.may_differ = false;
             self.was_behind.clear();
         }
@@ -457,7 +457,8 @@ impl Machine {
     fn flush(&mut self) {
         self.make_room();
         self.count("flush");
-        let covered = self.history.to_flush();
+        // Not what was behind in a crash, until the legs are equal.
+        let covered = self.history.to_flush().into_iter().filter(|covered| !self.was_behind.contains(covered)).collect();
         self.submit(Asked::Flush { covered }, Vec::new(), Request::Flush);
     }
 

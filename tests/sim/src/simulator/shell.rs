@@ -478,10 +478,7 @@ impl Machine {
             Asked::Flush { covered } if result.is_ok() => {
                 // What no copy holds is not missed.
                 let listed = self.listed();
-                // Nor does it cover what was behind in a crash, until the legs are equal.
-                let behind: BTreeSet<(u64, u64)> = self.was_behind.iter().copied().collect();
-                let covered: Covered =
-                    covered.into_iter().filter(|covered| !listed.contains(&covered.0) && !behind.contains(covered)).collect();
+                let covered: Covered = covered.into_iter().filter(|(block, _)| !listed.contains(block)).collect();
                 let durable = self.with_counted(|legs| {
                     legs::flush_answered(legs, &covered, |block, value, id| self.history.is_at_least(block, value, id))
                 });
