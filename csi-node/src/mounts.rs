@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use lockstep_datapath::isolated;
+use lockstep_datapath::{bind_read_only, isolated};
 use rustix::{
     io::Errno,
     mount::{MountFlags, UnmountFlags, mount_bind, mount_remount, unmount},
@@ -88,11 +88,17 @@ pub fn resolve(path: &Path) -> PathBuf {
     parent.zip(path.file_name()).map_or_else(|| path.to_owned(), |(parent, name)| parent.join(name))
 }
 
-/// Mounts `from` at `to` too.
+/// Mounts `from` at `to` too. Read-only it is so from the moment that it is there, but for a kernel before Linux 5.12.
 ///
 /// # Errors
 /// What the kernel says.
 pub fn bind(from: &Path, to: &Path, read_only: bool) -> io::Result<()> {
+    if read_only {
+        match bind_read_only(from, to) {
+            Err(error) if error.raw_os_error() == Some(Errno::NOSYS.raw_os_error()) => {}
+            done => return done,
+        }
+    }
     mount_bind(from, to)?;
     if read_only && let Err(errno) = mount_remount(to, MountFlags::BIND | MountFlags::RDONLY, c"") {
         let _ = unmount(to, UnmountFlags::DETACH);

@@ -18,6 +18,7 @@ mod connection;
 mod error;
 mod isolated;
 mod leg;
+mod mounts;
 mod thread;
 mod volume;
 
@@ -30,3 +31,4 @@ pub use handle::{Datapath, LegPath, Settings, Volume, VolumeSpec};
 pub use isolated::isolated;
 pub use leg::{create_leg, create_witness, extend_leg};
 pub use lockstep_core as core;
+pub use mounts::bind_read_only;

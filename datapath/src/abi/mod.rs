@@ -2,4 +2,5 @@
 
 pub(crate) mod fuse;
 pub(crate) mod loop_device;
+pub(crate) mod mount;
 pub(crate) mod xfs;

@@ -100,6 +100,41 @@ async fn after_a_minute_of_load_all_copies_are_identical() {
     driver.stop();
 }
 
+/// A csi-node that is killed in the middle leaves nothing, or what was asked for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_only_target_is_never_writable_not_even_for_a_moment() {
+    let lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let client = driver.client.clone();
+    let place = driver.place("ro", 64 * MIB, Some("ext4")).await;
+    client.stage(&place.id, &place.staging, Some("ext4")).await.unwrap();
+    fs::write(place.staging.join("f"), "x").unwrap();
+    let over = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let (file, ends) = (place.target.join("f"), std::sync::Arc::clone(&over));
+    let watch = std::thread::spawn(move || {
+        let (mut refused, mut written) = (0, 0);
+        while !ends.load(std::sync::atomic::Ordering::Relaxed) {
+            match fs::File::options().write(true).open(&file) {
+                Ok(_) => written += 1,
+                Err(error) => refused += u64::from(error.kind() == std::io::ErrorKind::ReadOnlyFilesystem),
+            }
+        }
+        (refused, written)
+    });
+    let mut request = Client::publish_request(&place.id, &place.staging, &place.target, Some("ext4"));
+    request.readonly = true;
+    for _ in 0..100 {
+        client.node().node_publish_volume(request.clone()).await.unwrap();
+        client.unpublish(&place.id, &place.target).await.unwrap();
+    }
+    over.store(true, std::sync::atomic::Ordering::Relaxed);
+    let (refused, written) = watch.join().unwrap();
+    assert!(refused > 0, "it was never seen");
+    assert_eq!(written, 0, "of {} looks", refused + written);
+    client.unstage(&place.id, &place.staging).await.unwrap();
+    driver.stop();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_call_can_be_repeated_and_what_does_not_fit_is_refused() {
     let lab = Lab::new(2, 1500);
