@@ -162,6 +162,60 @@ mod tests {
         record
     }
 
+    const STATES: [MemberState; 5] = [
+        MemberState::In,
+        MemberState::Out,
+        MemberState::Recovering(Fill::DirtyRegions),
+        MemberState::Recovering(Fill::Everything),
+        MemberState::OutUnfilled,
+    ];
+
+    #[test]
+    fn a_state_is_on_disk_by_its_number_and_no_other_number_is_one() {
+        for (code, state) in (0..).zip(STATES) {
+            assert_eq!((state.code(), MemberState::from_code(code)), (code, Some(state)));
+        }
+        assert!((5..=255).all(|code| MemberState::from_code(code).is_none()));
+    }
+
+    #[test]
+    fn a_lost_leg_is_out_and_remembers_whether_it_was_ever_full() {
+        let lost = STATES.map(MemberState::lost);
+        assert_eq!(lost, [MemberState::Out, MemberState::Out, MemberState::Out, MemberState::OutUnfilled, MemberState::OutUnfilled]);
+        let public = STATES.map(MemberState::public);
+        assert_eq!(public, [LegState::In, LegState::Out, LegState::Recovering, LegState::Recovering, LegState::Out]);
+    }
+
+    #[test]
+    fn the_first_record_counts_both_legs_each_in_its_slot() {
+        let legs = [LegId([1; 16]), LegId([2; 16])];
+        let first = Record::first(legs, RecordId([3; 16]));
+        assert_eq!((first.name, first.pin), (RecordName { epoch: Epoch(1), id: RecordId([3; 16]) }, Slot::A));
+        assert!(first.members.iter().all(|member| member.state == MemberState::In && member.seen == first.name));
+        assert_eq!(legs.map(|leg| first.slot_of(leg)), [Some(Slot::A), Some(Slot::B)]);
+        assert_eq!(first.slot_of(LegId([3; 16])), None);
+    }
+
+    #[test]
+    fn a_record_follows_from_what_it_saw_and_from_what_came_later_in_that_run_or_earlier_in_its_own() {
+        let record = record(6, 2, MemberState::Out, name(3, 1, 9));
+        let follows = |epoch, run, n| record.follows(Slot::B, name(epoch, run, n));
+        assert!(follows(6, 2, 0), "itself");
+        assert!(follows(3, 1, 9), "what it saw");
+        assert!(follows(4, 1, 10) && follows(5, 1, 11), "later in the run that it saw");
+        assert!(follows(5, 2, 1) && follows(3, 2, 1), "earlier in its own");
+        assert!(!follows(2, 1, 8), "that was overwritten long before");
+        assert!(!follows(4, 3, 0), "another run's");
+        assert!(!follows(6, 2, 1) && !follows(6, 1, 12), "of its own epoch");
+        assert!(!follows(7, 2, 1), "later than itself");
+    }
+
+    #[test]
+    fn a_leg_that_holds_the_record_that_calls_it_out_or_was_never_seen_is_filled_from_nothing() {
+        assert_eq!(record(6, 2, MemberState::Out, name(5, 1, 9)).readmission(Slot::B, name(6, 2, 0)), Fill::Everything);
+        assert_eq!(record(6, 2, MemberState::Out, RecordName::NONE).readmission(Slot::B, RecordName::NONE), Fill::Everything);
+    }
+
     #[test]
     fn a_leg_that_went_out_with_the_seen_record_gets_the_dirty_regions() {
         let seen = name(5, 1, 9);

@@ -79,11 +79,48 @@ fn a_range_touches_the_regions_of_its_first_and_last_block_and_no_other() {
     assert_eq!(blocks_of(1, REGION_BLOCKS + 5), BlockRange::new(REGION_BLOCKS, REGION_BLOCKS + 5));
 }
 
+#[test]
+fn a_range_is_cut_at_the_ends_of_its_regions() {
+    let cut = |start, end| parts(BlockRange::new(start, end)).collect::<Vec<_>>();
+    let (one, two) = (REGION_BLOCKS, 2 * REGION_BLOCKS);
+    assert_eq!(cut(one - 1, two + 3), [BlockRange::new(one - 1, one), BlockRange::new(one, two), BlockRange::new(two, two + 3)]);
+    assert_eq!(cut(one + 5, one + 9), [BlockRange::new(one + 5, one + 9)]);
+}
+
+#[test]
+fn the_region_that_was_written_last_has_the_highest_stamp_also_when_that_write_ends() {
+    let mut bitmap = Bitmap::new(2 * REGION_BLOCKS);
+    let (first, second) = (ONE, BlockRange::new(REGION_BLOCKS, REGION_BLOCKS + 1));
+    bitmap.hold(first);
+    bitmap.hold(second);
+    assert!(bitmap.regions[0].stamp < bitmap.regions[1].stamp);
+    bitmap.unhold(first);
+    assert!(bitmap.regions[0].stamp > bitmap.regions[1].stamp);
+}
+
+#[test]
+fn a_range_is_closing_if_a_region_of_it_is_and_what_is_synced_is_not_stuck() {
+    let mut bitmap = Bitmap::new(3 * REGION_BLOCKS);
+    bitmap.regions[1].closing = true;
+    assert!(!bitmap.closing(ONE) && bitmap.closing(BlockRange::new(0, REGION_BLOCKS + 1)));
+    bitmap.join(0, None);
+    for region in 0..3 {
+        bitmap.regions[region].unsynced = true;
+        bitmap.cannot_be_synced(region);
+    }
+    assert_eq!(bitmap.counted(), 0);
+    bitmap.all_synced();
+    assert_eq!(bitmap.counted(), 3);
+    assert!(bitmap.regions.iter().all(|region| !region.unsynced && !region.stuck));
+}
+
 /// Sets of region numbers, and what is on its way to the disk.
 #[derive(Default)]
 struct Naive {
     set: BTreeSet<usize>,
     durable: BTreeSet<usize>,
+    /// Some leg's page may say that these are dirty.
+    on_disk: BTreeSet<usize>,
     flying: Vec<Option<BTreeSet<usize>>>,
     changed: BTreeSet<usize>,
     holds: Vec<BlockRange>,
@@ -175,6 +212,8 @@ proptest! {
                         let durable: BTreeSet<usize> = here(&naive.set).intersection(&landed).copied().collect();
                         naive.durable.retain(|region| page_of(*region) != page);
                         naive.durable.extend(durable);
+                        naive.on_disk.retain(|region| page_of(*region) != page);
+                        naive.on_disk.extend(landed);
                     } else {
                         let bits = bitmap.issued(page);
                         let first = page * PAGE_REGIONS as usize;
@@ -182,6 +221,7 @@ proptest! {
                         prop_assert_eq!(&said, &here(&naive.set));
                         prop_assert_eq!(bits.len(), (bitmap.regions.len() - first).min(PAGE_REGIONS as usize).div_ceil(8));
                         naive.changed.remove(&page);
+                        naive.on_disk.extend(&said);
                         naive.flying[page] = Some(said);
                     }
                 }
@@ -202,6 +242,7 @@ proptest! {
                 }
             }
             prop_assert_eq!(bitmap.dirty() as usize, naive.set.len());
+            prop_assert_eq!(bitmap.counted() as usize, naive.set.union(&naive.on_disk).count());
             prop_assert!(naive.durable.is_subset(&naive.set));
             for page in 0..2 {
                 prop_assert_eq!(bitmap.pages[page].changed, naive.changed.contains(&page));

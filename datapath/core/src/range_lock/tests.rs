@@ -112,6 +112,15 @@ fn a_read_that_waited_while_another_write_was_issued_is_read_again_too() {
     lock.check_invariants();
 }
 
+#[test]
+#[should_panic(expected = "range lock")]
+fn a_count_that_is_not_what_the_table_says_is_noticed() {
+    let mut lock = RangeLock::new();
+    lock.acquire(1, range(0, 4), Class::User);
+    lock.entries[0].blockers = 1;
+    lock.check_invariants();
+}
+
 /// Keeps no counts and no clock: remembers who came after whom, and asks the whole history each time.
 #[derive(Default)]
 struct Naive {
