@@ -1,7 +1,7 @@
 # Everything that is built goes under ~/.cache/lockstep, never into the clone.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/lockstep/target
 .DEFAULT_GOAL := help
-.PHONY: help fmt check test sim fuzz mutants native csi demo bench soak deny
+.PHONY: help fmt check test sim fuzz mutants cargo-mutants native csi demo bench soak deny
 SEEDS ?= 10000
 FUZZ_SECONDS ?= 600
 FIRST ?= 0
@@ -27,6 +27,9 @@ fuzz: ## The decoders on what a fuzzer thinks of, each for FUZZ_SECONDS=N
 
 mutants: ## Break the core on purpose, patch by patch: a named test fails, and the simulator's oracles alone notice
 	MUTANTS= tests/run mutants
+
+cargo-mutants: ## Break range lock, bitmap, superblock and membership in every way that cargo-mutants knows (FILES=... for others)
+	tests/mutants/generated $(FILES)
 
 native: ## The datapath on loop disks with XFS, under fio (needs root)
 	tests/run native

@@ -124,6 +124,32 @@ fn a_feature_from_the_future_is_not_taken_for_damage() {
 }
 
 #[test]
+fn a_volume_has_at_least_one_block_and_at_most_as_many_as_there_are_bits_for() {
+    let decoded =
+        |blocks| decode(SUPERBLOCK_MAGIC, encode_superblock(&first(VOLUME, LEGS, LEGS[0], blocks)).as_slice()).map(|sb| sb.blocks);
+    assert_eq!([1, MAX_BLOCKS].map(decoded), [Ok(1), Ok(MAX_BLOCKS)]);
+    assert_eq!([0, MAX_BLOCKS + 1].map(decoded), [Err(MetaError::Damaged); 2]);
+}
+
+#[test]
+fn what_is_beside_a_damaged_slot_is_doubtful_and_what_is_beside_a_blank_one_is_not() {
+    for slot in [0, 1] {
+        let mut meta = vec![0; bitmap_offset(2, 0) as usize];
+        meta[bitmap_offset(0, slot) as usize..][..4096].copy_from_slice(encode_bitmap(VOLUME, 4, &[3]).as_slice());
+        let doubtful = |meta: &[u8]| bitmap_page(meta, VOLUME, 0).map(|page| (page.sequence, page.slot, page.doubtful));
+        assert_eq!(doubtful(&meta), Some((4, slot, false)));
+        meta[bitmap_offset(0, 1 - slot) as usize + 100] = 1;
+        assert_eq!(doubtful(&meta), Some((4, slot, true)));
+        let mut witness = vec![0; 8192];
+        let page = encode_witness(&first(VOLUME, LEGS, LEGS[0], 1234));
+        witness[usize::from(slot) * 4096..][..4096].copy_from_slice(page.as_slice());
+        assert!(!witness_is_doubtful(&witness));
+        witness[usize::from(1 - slot) * 4096 + 100] = 1;
+        assert!(witness_is_doubtful(&witness));
+    }
+}
+
+#[test]
 fn a_short_or_empty_meta_is_damaged_not_a_panic() {
     for len in [0, 1, 4095, 4096, 8191] {
         assert_eq!(superblock(&vec![0; len]), Err(MetaError::Damaged));
