@@ -6,7 +6,11 @@ use std::{
     io,
     os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
+
+/// How long a free device is asked for that nobody else has.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 const LOOP_CLR_FD: libc::c_ulong = 0x4C01;
 const LOOP_GET_STATUS64: libc::c_ulong = 0x4C05;
@@ -74,10 +78,12 @@ fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open(path)
 }
 
-/// Puts a loop device with 4096-byte blocks and direct I/O over `backing`. `name` (at most 63 bytes) marks it as ours.
+/// Puts a loop device with 4096-byte blocks and direct I/O over `backing`. `name` (at most 63 bytes) marks it as ours. Blocks, for `PATIENCE` if
+/// somebody else has every device that is offered.
 pub(crate) fn attach(backing: &OwnedFd, name: &str) -> io::Result<LoopDevice> {
     let control = open(Path::new("/dev/loop-control"))?;
-    for _ in 0..64 {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
         // SAFETY: LOOP_CTL_GET_FREE takes no argument.
         let number = check(unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) })?;
         let path = PathBuf::from(format!("/dev/loop{number}"));
@@ -90,12 +96,13 @@ pub(crate) fn attach(backing: &OwnedFd, name: &str) -> io::Result<LoopDevice> {
         // SAFETY: `config` is a struct loop_config that lives through the call; the kernel only reads it.
         match check(unsafe { libc::ioctl(file.as_raw_fd(), LOOP_CONFIGURE, &raw const config) }) {
             Ok(_) => return Ok(LoopDevice { path }),
-            // Somebody else took that number in between.
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
+            // Somebody else took that number in between; or has it open for himself, to look at it or to attach it: then it is still offered.
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
             Err(error) => return Err(error),
         }
     }
-    Err(io::Error::new(io::ErrorKind::ResourceBusy, "every free loop device was taken by somebody else, 64 times"))
 }
 
 fn name_of(file: &File) -> Option<String> {

@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::{Seek, SeekFrom, Write},
+    os::unix::fs::OpenOptionsExt,
     path::Path,
     time::Duration,
 };
@@ -254,4 +255,22 @@ fn case_08_a_program_that_changes_its_buffer_in_flight_leaves_two_equal_copies()
     assert!(identical(&legs[0], &legs[1]), "the copies differ");
     let changed = changed_pieces(&legs[0].dir.join("data"), PIECES as usize).unwrap();
     assert!(changed > 0, "no write was caught in flight: the test proved nothing");
+}
+
+/// Somebody probes the free loop device that the kernel offers, or is about to attach it, and is slow.
+#[test]
+fn a_free_loop_device_that_somebody_has_for_a_moment_is_waited_for() {
+    let rig = Rig::new(2, 600);
+    let spec = rig.new_volume(21, 64);
+    let free = run("losetup", &["--find"]);
+    let held = fs::OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(free.trim()).unwrap();
+    let holder = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(700));
+        drop(held);
+    });
+    runtime().block_on(async {
+        let datapath = Datapath::start(1).unwrap();
+        datapath.open(spec).await.unwrap().close().await.unwrap();
+    });
+    holder.join().unwrap();
 }
