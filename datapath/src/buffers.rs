@@ -6,6 +6,10 @@
 //! A disk that hangs may hold every buffer for as long as it likes. So when a leg is OUT, the pool gets as much new memory as the leg's I/O has,
 //! and gives it back as that ends: no more than the pool once again for each leg that hangs.
 //!
+//! Until then, up to the deadline of its I/O, it may have all that there is, and the thread's other volumes would wait for it. So once a class has
+//! been used up for `PATIENCE`, and nothing came back, a volume that has less than its share of requests under way (`volume/share.rs`) is given
+//! memory beyond the pool, which is gone when the request ends; and so is a copy, of which a volume has `COPY_WINDOW` pieces at most.
+//!
 //! Copies have buffers of their own: a copy that holds its range never waits for a client's request to end.
 #![allow(unsafe_code)]
 
@@ -15,12 +19,15 @@ use std::{
     io,
     ptr::NonNull,
     rc::Rc,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::Notify;
 use tokio_uring::buf::fixed::FixedBufRegistry;
 
 pub(crate) const PAGE: usize = 4096;
+/// A class that was used up for so long, while nothing came back, is held by a disk that hangs, or that is as slow as that.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// What a buffer is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,6 +163,8 @@ pub(crate) struct Pool {
     free: [RefCell<Vec<Memory>>; 4],
     /// By class: how many buffers late I/O has, and how many there are in their place.
     late: [Cell<(usize, usize)>; 4],
+    /// By class: when a buffer last came back to the pool.
+    returned: [Cell<Instant>; 4],
     freed: Notify,
     arena: Rc<Arena>,
     registered: Cell<bool>,
@@ -174,7 +183,14 @@ impl Pool {
             RefCell::new(memory.collect())
         };
         let free = Class::ALL.map(&mut cut);
-        Rc::new(Self { free, late: Default::default(), freed: Notify::new(), arena, registered: Cell::new(false) })
+        Rc::new(Self {
+            free,
+            late: Default::default(),
+            returned: [(); 4].map(|()| Cell::new(Instant::now())),
+            freed: Notify::new(),
+            arena,
+            registered: Cell::new(false),
+        })
     }
 
     /// Makes the pool known to the calling thread's ring: its pages are looked up and locked now, and not by each I/O.
@@ -207,14 +223,21 @@ impl Pool {
         let (late, spare) = self.late[class as usize].get();
         if memory.spare.is_some() && spare > late {
             self.late[class as usize].set((late, spare - 1));
-            return;
+        } else {
+            self.free[class as usize].borrow_mut().push(memory);
+            self.returned[class as usize].set(Instant::now());
         }
-        self.free[class as usize].borrow_mut().push(memory);
+        // Its volume has less than before, also if the pool has no more.
         self.freed.notify_waiters();
     }
 
     pub(crate) fn available(&self, class: Class) -> bool {
         !self.free[class as usize].borrow().is_empty()
+    }
+
+    /// Whether the class has been used up for so long that nobody should wait for the pool alone.
+    pub(crate) fn starved(&self, class: Class) -> bool {
+        !self.available(class) && self.returned[class as usize].get().elapsed() >= PATIENCE
     }
 
     /// Takes one, if there is one.
@@ -223,7 +246,7 @@ impl Pool {
         Some(Buffer { memory: Some(memory), class, pool: Rc::clone(self) })
     }
 
-    /// Takes one, or makes one more. For what is bounded otherwise, and must not wait for what a disk that hangs has.
+    /// Takes one, or makes one more. For what is bounded otherwise, and must not wait for what a disk that hangs has: metadata, and a volume's share.
     pub(crate) fn take_or_make(self: &Rc<Self>, class: Class) -> Buffer {
         self.take(class).unwrap_or_else(|| {
             let (late, spare) = self.late[class as usize].get();
@@ -232,25 +255,20 @@ impl Pool {
         })
     }
 
-    /// Waits for one.
+    /// Waits for one, though not for a disk that hangs. Who asks has a bounded number of them.
     pub(crate) async fn get(self: &Rc<Self>, class: Class) -> Buffer {
-        loop {
-            let freed = self.freed.notified();
-            if let Some(buffer) = self.take(class) {
-                return buffer;
-            }
-            freed.await;
-        }
+        self.until(|pool| pool.available(class) || pool.starved(class)).await;
+        self.take_or_make(class)
     }
 
-    /// Waits until any buffer came back, unless `enough` already holds.
+    /// Waits until `enough` holds: it is asked whenever a buffer came back, and at least every `PATIENCE`.
     pub(crate) async fn until(&self, enough: impl Fn(&Self) -> bool) {
         loop {
             let freed = self.freed.notified();
             if enough(self) {
                 return;
             }
-            freed.await;
+            drop(tokio::time::timeout(PATIENCE, freed).await);
         }
     }
 }

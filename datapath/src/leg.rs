@@ -7,10 +7,11 @@ use std::{
     os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     rc::Rc,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use io_uring::{cqueue, opcode, types};
+use io_uring::{cqueue, opcode, squeue, types};
 use lockstep_core::{
     format,
     io::{LegOp, Outcome, Page},
@@ -26,6 +27,7 @@ use tracing::debug;
 use crate::{
     abi::xfs,
     buffers::{Class, Pool, Window},
+    disk_queue::{self, DiskQueue, Place},
     error::{Context, Error},
 };
 
@@ -106,6 +108,7 @@ pub(crate) struct OpenLeg {
     pub(crate) len: u64,
     data: File,
     meta_file: File,
+    queue: Arc<DiskQueue>,
 }
 
 /// Opens a file for direct I/O that leaves its time stamps alone, or at least for direct I/O.
@@ -150,7 +153,8 @@ impl OpenLeg {
             .and_then(|file| file.take(format::META_LEN).read_to_end(&mut meta))
             .context(|| format!("reading {}", meta_path.display()))?;
         let len = data.metadata().context(|| format!("reading the size of {}", path.display()))?.len();
-        Ok(Self { dir: dir.to_owned(), meta, len, data, meta_file })
+        let queue = DiskQueue::of(disk_queue::device_of(&data).context(|| format!("looking for the disk of {}", path.display()))?);
+        Ok(Self { dir: dir.to_owned(), meta, len, data, meta_file, queue })
     }
 
     /// Its data is as long as its own metadata says. What was cut off its end would come back as zeroes.
@@ -170,7 +174,8 @@ impl OpenLeg {
         Ok(Rc::new(LegFiles {
             data: tokio_uring::fs::File::from_std(self.data),
             meta: tokio_uring::fs::File::from_std(self.meta_file),
-            seek: std::sync::Arc::new(seek_file),
+            seek: Arc::new(seek_file),
+            queue: self.queue,
             in_use: Default::default(),
             late: Cell::new(false),
         }))
@@ -181,7 +186,8 @@ impl OpenLeg {
 pub(crate) struct LegFiles {
     data: tokio_uring::fs::File,
     meta: tokio_uring::fs::File,
-    seek: std::sync::Arc<File>,
+    seek: Arc<File>,
+    queue: Arc<DiskQueue>,
     /// By class: buffers that I/O in flight has.
     in_use: [Cell<usize>; Class::ALL.len()],
     /// The leg is OUT: what is in flight is late.
@@ -245,6 +251,7 @@ enum Direction {
 struct InFlight {
     _files: Rc<LegFiles>,
     _window: Window,
+    _place: Place,
 }
 
 struct Transferred;
@@ -257,18 +264,27 @@ impl OneshotOutputTransform for Transferred {
     }
 }
 
-/// Reads or writes `data`.
-fn transfer(files: &Rc<LegFiles>, direction: Direction, mut window: Window, at: u64) -> InFlightOneshot<InFlight, Transferred> {
-    let (memory, len) = (window.stable_mut_ptr(), window.bytes_total() as u32);
-    let fd = types::Fd(files.data.as_raw_fd());
+/// Reads or writes a file of the leg.
+fn transfer(
+    files: &Rc<LegFiles>,
+    file: &tokio_uring::fs::File,
+    direction: Direction,
+    mut window: Window,
+    at: u64,
+) -> InFlightOneshot<InFlight, Transferred> {
+    let (memory, bytes) = (window.stable_mut_ptr(), window.bytes_total());
+    let (fd, len) = (types::Fd(file.as_raw_fd()), bytes as u32);
     let entry = match (direction, window.registered()) {
         (Direction::Read, true) => opcode::ReadFixed::new(fd, memory, len, 0).offset(at).build(),
         (Direction::Read, false) => opcode::Read::new(fd, memory, len).offset(at).build(),
         (Direction::Write, true) => opcode::WriteFixed::new(fd, memory, len, 0).offset(at).build(),
         (Direction::Write, false) => opcode::Write::new(fd, memory, len).offset(at).build(),
     };
+    let place = files.queue.enter(bytes);
+    let entry = if place.beyond { entry.flags(squeue::Flags::ASYNC) } else { entry };
     // What the entry points to is in `InFlight`, which the ring keeps to the operation's end, also if nobody waits for it any more.
-    UnsubmittedOneshot::new(InFlight { _files: Rc::clone(files), _window: window }, Transferred, entry).submit()
+    let in_flight = InFlight { _files: Rc::clone(files), _window: window, _place: place };
+    UnsubmittedOneshot::new(in_flight, Transferred, entry).submit()
 }
 
 impl LegFiles {
@@ -304,9 +320,9 @@ impl LegFiles {
 
     async fn perform_now(self: &Rc<Self>, pool: &Rc<Pool>, op: Prepared) -> Outcome {
         match op {
-            Prepared::Read { at, window } => outcome(transfer(self, Direction::Read, window, at).await),
+            Prepared::Read { at, window } => outcome(transfer(self, &self.data, Direction::Read, window, at).await),
             Prepared::Write { at, window, fua } => {
-                let written = transfer(self, Direction::Write, window, at).await;
+                let written = transfer(self, &self.data, Direction::Write, window, at).await;
                 if fua && written.is_ok() {
                     return outcome(self.data.sync_data().await.and(written));
                 }
@@ -322,8 +338,8 @@ impl LegFiles {
                 let mut buffer = pool.take_or_make(Class::Meta);
                 buffer.bytes_mut().copy_from_slice(page.as_slice());
                 let window = Window::new(Rc::new(buffer), 0, page.len());
-                match self.meta.write_at(window, offset).submit().await.0 {
-                    Ok(n) if n == page.len() => Outcome::Done(0),
+                match transfer(self, &self.meta, Direction::Write, window, offset).await {
+                    Ok(written) if written == page.len() as u64 => Outcome::Done(0),
                     Ok(_) => Outcome::Failed(Errno::EIO),
                     Err(error) => Outcome::Failed(errno(&error)),
                 }
@@ -333,7 +349,7 @@ impl LegFiles {
 
     /// There is no ring operation for SEEK_DATA.
     async fn next_data(&self, range: BlockRange) -> Outcome {
-        let file = std::sync::Arc::clone(&self.seek);
+        let file = Arc::clone(&self.seek);
         let found = tokio::task::spawn_blocking(move || {
             let start = match seek(&file, SeekFrom::Data(range.byte_offset())) {
                 Ok(start) => start / BLOCK_SIZE,

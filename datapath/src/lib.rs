@@ -15,6 +15,7 @@ mod abi;
 mod buffers;
 mod compare;
 mod connection;
+mod disk_queue;
 mod error;
 mod isolated;
 mod leg;

@@ -6,6 +6,7 @@
 //! ```
 
 mod guard;
+mod share;
 
 use std::{
     cell::{Cell, RefCell},
@@ -462,19 +463,18 @@ impl Volume {
             let Ok(mut ready) = ready else { return };
             for _ in 0..BATCH {
                 // One buffer to land in, and one of each class for what the request turns out to be.
-                let enough = |pool: &Pool| pool.available(Class::Small) && pool.available(Class::Large);
                 if landing.borrow().is_none() {
                     let landed = self.pool.take(Class::Large);
                     *landing.borrow_mut() = landed;
                 }
-                if landing.borrow().is_none() || !enough(&self.pool) {
+                if !self.may_take_another(&self.pool) {
                     tokio::select! {
-                        () = self.pool.until(enough) => {}
+                        () = self.pool.until(|pool| self.may_take_another(pool)) => {}
                         () = self.closing.notified() => return,
                     }
                     continue;
                 }
-                let Some(mut buffer) = landing.take() else { break };
+                let mut buffer = landing.take().unwrap_or_else(|| self.pool.take_or_make(Class::Large));
                 let start = PAGE - fuse::WRITE_HEAD;
                 let read = self.fuse.read(&mut buffer.bytes_mut()[start..]);
                 let left = match read {
@@ -540,10 +540,7 @@ impl Volume {
                     None => self.fuse.reply(unique, libc::EINVAL, &[]),
                     Some(range) => {
                         let class = if len as usize <= Class::Small.bytes() { Class::Small } else { Class::Large };
-                        let Some(payload) = self.pool.take(class) else {
-                            self.fuse.reply(unique, libc::EAGAIN, &[]);
-                            return Some(buffer);
-                        };
+                        let payload = self.pool.take_or_make(class);
                         self.submit(unique, Answer::Payload(len as usize), Some((Rc::new(payload), 0)), io::Request::Read(range));
                     }
                 }
@@ -554,9 +551,8 @@ impl Volume {
                     return Some(buffer);
                 };
                 let request = io::Request::Write { range, fua: false };
-                if len as usize <= Class::Small.bytes()
-                    && let Some(mut small) = self.pool.take(Class::Small)
-                {
+                if len as usize <= Class::Small.bytes() {
+                    let mut small = self.pool.take_or_make(Class::Small);
                     small.bytes_mut()[..len as usize].copy_from_slice(&buffer.bytes()[PAGE..PAGE + len as usize]);
                     self.submit(unique, Answer::Written(len), Some((Rc::new(small), 0)), request);
                 } else {

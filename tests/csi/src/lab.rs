@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use lockstep_native::{remove_dead_runs, run, tear_down};
+use lockstep_native::{faulty::FaultyDisk, remove_dead_runs, run, tear_down};
 
 const PREFIX: &str = "lockstep-csi.";
 
@@ -14,7 +14,8 @@ const PREFIX: &str = "lockstep-csi.";
 #[derive(Debug)]
 pub struct Lab {
     dir: tempfile::TempDir,
-    disks: Vec<PathBuf>,
+    /// Image and device.
+    disks: Vec<(PathBuf, PathBuf)>,
     forgotten: BTreeSet<String>,
 }
 
@@ -34,12 +35,23 @@ impl Lab {
 
     /// One more blank disk, and its number. csi-node finds it under `disks/N`.
     pub fn add_disk(&mut self, megabytes: u64) -> usize {
+        let image = self.path(&format!("disk{}.img", self.disks.len()));
+        self.add_image(&image, &image, megabytes)
+    }
+
+    /// One more blank disk, over a file system that can be made to hang, and its number.
+    pub fn add_faulty_disk(&mut self, megabytes: u64, seed: u64) -> (usize, FaultyDisk) {
+        let disk = FaultyDisk::start(self.dir.path(), &format!("faulty{}", self.disks.len()), seed, 256);
+        let number = self.add_image(&disk.backing.join("image"), &disk.mount.join("image"), megabytes);
+        (number, disk)
+    }
+
+    fn add_image(&mut self, made: &Path, used: &Path, megabytes: u64) -> usize {
         let number = self.disks.len();
-        let image = self.path(&format!("disk{number}.img"));
-        fs::File::create(&image).and_then(|file| file.set_len(megabytes << 20)).expect("an image");
-        let device = self.loop_on(&image);
+        fs::File::create(made).and_then(|file| file.set_len(megabytes << 20)).expect("an image");
+        let device = self.loop_on(used);
         std::os::unix::fs::symlink(&device, self.path(&format!("disks/{number}"))).expect("a link");
-        self.disks.push(device);
+        self.disks.push((used.to_owned(), device));
         number
     }
 
@@ -59,7 +71,7 @@ impl Lab {
 
     /// A disk's block device.
     pub fn device(&self, number: usize) -> &Path {
-        &self.disks[number]
+        &self.disks[number].1
     }
 
     /// Where csi-node mounted a disk.
@@ -84,9 +96,9 @@ impl Lab {
 
     /// Plugs it in again.
     pub fn plug_disk(&mut self, number: usize) {
-        let device = self.loop_on(&self.path(&format!("disk{number}.img")));
+        let device = self.loop_on(&self.disks[number].0);
         std::os::unix::fs::symlink(&device, self.path(&format!("disks/{number}"))).expect("a link");
-        self.disks[number] = device;
+        self.disks[number].1 = device;
     }
 
     /// What is left of the lab in the kernel: mounts and loop devices. Nothing, after everything was taken down.
@@ -97,7 +109,7 @@ impl Lab {
         let loops = run("losetup", &["--list", "--noheadings", "--output", "NAME,BACK-FILE"]);
         // Over a file of a mount that is gone: of no path any more, so of nobody. Those that were there before are not ours.
         let forgotten = forgotten_loops().difference(&self.forgotten).cloned().collect::<Vec<_>>();
-        let own = |line: &&str| !self.disks.iter().any(|disk| line.starts_with(&format!("{} ", text(disk))));
+        let own = |line: &&str| !self.disks.iter().any(|(_, disk)| line.starts_with(&format!("{} ", text(disk))));
         let loops = loops.lines().filter(|line| line.contains(text(self.dir.path()))).filter(own).map(str::to_owned);
         mounts.chain(loops).chain(forgotten).collect()
     }

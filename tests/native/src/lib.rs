@@ -3,6 +3,7 @@
 //! A run that was cut off is cleaned up by the next one: everything lives under one directory per process, whose name carries the pid.
 
 pub mod faulty;
+pub mod frozen;
 pub mod history;
 pub mod scribble;
 pub mod seen;

@@ -271,6 +271,23 @@ impl AllOf {
     }
 }
 
+/// For as long as `AllOf::load`; its output is JSON.
+fn requests_of_all_sizes(device: &Path) -> Child {
+    let mut command = Command::new("fio");
+    command.args(["--name=beside", "--direct=1", "--time_based=1", "--runtime=11", "--output-format=json", "--ioengine=libaio"]);
+    command.args(["--rw=randrw", "--bsrange=4k-1m", "--blockalign=4k", "--iodepth=4", "--rate_iops=100"]);
+    command.arg(format!("--filename={}", text(device))).stdout(Stdio::piped()).spawn().expect("fio is installed")
+}
+
+/// Of all its requests.
+fn slowest(said: ChildStdout) -> Duration {
+    let said = std::io::read_to_string(said).expect("text");
+    // It may have a word to say before.
+    let said: serde_json::Value = serde_json::from_str(&said[said.find('{').expect("JSON")..]).expect("fio's JSON");
+    let of = |kind: &str| said["jobs"][0][kind]["clat_ns"]["max"].as_u64().expect("a time");
+    Duration::from_nanos(of("read").max(of("write")))
+}
+
 fn healthy(status: &Status) -> bool {
     status.ready && status.sync == Sync::Idle && status.legs.iter().all(|leg| leg.state == LegState::In)
 }
@@ -323,8 +340,18 @@ impl Soak {
         Self { disks, places, usual, spec, datapath, random: fastrand::Rng::with_seed(seed), next_leg: 3, threads, dir }
     }
 
-    /// A disk answers nothing any more while it has what the shell has of something. By the deadline it is OUT, and the other one serves.
-    pub async fn hung_with(&mut self, all: AllOf) {
+    /// A volume of the same datapath thread, on directories of the machine's own disk.
+    async fn neighbour(&self) -> Volume {
+        let places = ["beside0", "beside1"].map(|name| (self.path(name), self.path(name)));
+        places.iter().for_each(|(place, _)| fs::create_dir_all(place).expect("a directory"));
+        let volume = self.datapath.open(new_volume(self.dir.path(), &places, 99, MIB)).await.expect("the neighbour is opened");
+        wait(&volume, "healthy", healthy).await;
+        volume
+    }
+
+    /// A disk answers nothing any more while it has what the shell has of something. By the deadline it is OUT, and the other one serves; a
+    /// volume that has no leg on it does not wait. How long that one's slowest request took.
+    pub async fn hung_with(&mut self, all: AllOf) -> Duration {
         let more = (2..=all.volumes()).map(|number| new_volume(self.dir.path(), &self.places, number, 16));
         let specs: Vec<VolumeSpec> = std::iter::once(self.spec.clone()).chain(more).collect();
         let mut volumes = Vec::new();
@@ -333,7 +360,9 @@ impl Soak {
             wait(&volume, "healthy", healthy).await;
             volumes.push(volume);
         }
+        let neighbour = self.neighbour().await;
         let load = Load(all.load(&volumes));
+        let beside = Load(requests_of_all_sizes(neighbour.device()));
         self.until_both_are_busy().await;
         self.disks[1].arm(Faults { hold: 1, ..Faults::default() });
         let begun = Instant::now();
@@ -347,12 +376,16 @@ impl Soak {
             attach(volume, Slot::B, (leg, Fill::DirtyRegions)).await;
         }
         Self::success(load).await;
+        let slowest = slowest(Self::success(beside).await.expect("piped"));
+        assert!(slowest < DEADLINE / 2, "a volume that has no leg on the disk waited {slowest:?} for it");
+        neighbour.close().await.expect("it is closed");
         for (volume, spec) in volumes.iter().zip(&specs) {
             wait(volume, "healthy", healthy).await;
             volume.close().await.expect("it is closed");
             let [one, other] = [0, 1].map(|n: usize| self.places[n].0.join(spec.legs[n].dir.file_name().expect("a leg")).join("data"));
             assert!(same(&one, &other), "the copies of {} differ", volume.name());
         }
+        slowest
     }
 
     /// What each disk has been given to write.

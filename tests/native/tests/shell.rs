@@ -37,13 +37,16 @@ fn every_kind_of_trouble_below_the_shell_leaves_two_equal_copies_of_what_was_wri
 /// Mirror rule 27: what a late I/O has belongs to it, and nobody waits for it.
 #[test]
 fn a_disk_that_hangs_with_all_memory_in_its_hands_holds_up_nobody() {
-    runtime().block_on(Soak::new(seed(), Setup::default()).hung_with(AllOf::Memory));
+    let slowest = runtime().block_on(Soak::new(seed(), Setup::default()).hung_with(AllOf::Memory));
+    println!("the neighbour's slowest request took {slowest:?}");
 }
 
 /// The healthy disk's work must not wait for a worker that waits for the other disk: both would be late, and nobody would go OUT.
 #[test]
 fn a_disk_that_hangs_with_all_workers_in_its_hands_holds_up_nobody() {
-    runtime().block_on(Soak::new(seed(), Setup { disks: Disks::Xfs, ..Setup::default() }).hung_with(AllOf::Workers));
+    let setup = Setup { disks: Disks::Xfs, ..Setup::default() };
+    let slowest = runtime().block_on(Soak::new(seed(), setup).hung_with(AllOf::Workers));
+    println!("the neighbour's slowest request took {slowest:?}");
 }
 
 /// A ring that is smaller than what is in flight: nothing is lost, nothing hangs.
