@@ -5,7 +5,6 @@ export CARGO_TARGET_DIR ?= $(HOME)/.cache/lockstep/target
 SEEDS ?= 10000
 FUZZ_SECONDS ?= 600
 FIRST ?= 0
-SOAK_MINUTES ?= 30
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,8 +44,8 @@ bench: ## Lockstep against qemu's mirror and a plain loop device, on disks in me
 	cargo build --quiet --release --locked -p lockstep-native
 	TMPDIR=$${TMPDIR:-/dev/shm} $(CARGO_TARGET_DIR)/release/bench
 
-soak: ## The long figures: the shell on disks that fail as they are told, with fresh seeds (SOAK_MINUTES=N; needs root)
-	tests/native/run soak $(SOAK_MINUTES)
+soak: ## The long figures, and a table of them (PARTS="shell=5 hung": some, for other minutes; needs root)
+	tests/soak $(PARTS)
 
 deny: ## Licenses, sources and bans of the dependencies
 	tests/run deny
