@@ -5,7 +5,7 @@ use std::{
     io,
     rc::Rc,
     sync::{
-        Arc,
+        Arc, Once,
         atomic::{AtomicUsize, Ordering},
     },
 };
@@ -33,6 +33,14 @@ fn allow_workers(bounded: u32) -> io::Result<()> {
     io_uring::IoUring::new(1)?.submitter().register_iowq_max_workers(&mut [bounded, 0])
 }
 
+/// The calling thread and those that are started for it never wait for memory until pages are written out to a volume that they serve.
+fn never_wait_for_our_own_volumes() {
+    static SAID: Once = Once::new();
+    if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
+        SAID.call_once(|| warn!(%error, "PR_SET_IO_FLUSHER is not permitted (CAP_SYS_RESOURCE): without free memory, volumes that are written to may hang"));
+    }
+}
+
 /// How the rest of the process reaches a datapath thread.
 #[derive(Debug)]
 pub(crate) struct Thread {
@@ -56,6 +64,7 @@ impl Thread {
         let volumes = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&volumes);
         std::thread::Builder::new().name(format!("datapath-{number}")).spawn(move || {
+            never_wait_for_our_own_volumes();
             let mut ring = tokio_uring::uring_builder();
             // Completions wait for our next system call instead of interrupting us. Never DEFER_TASKRUN: with this runtime I/O hangs.
             ring.setup_coop_taskrun().setup_single_issuer().setup_cqsize(ring_entries.saturating_mul(COMPLETIONS).min(MOST_COMPLETIONS));

@@ -274,3 +274,29 @@ fn a_free_loop_device_that_somebody_has_for_a_moment_is_waited_for() {
     });
     holder.join().unwrap();
 }
+
+/// The flags of a process's datapath thread, as the kernel has them (`PF_*`).
+fn flags_of_datapath_thread(process: u32) -> u64 {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap().flatten();
+    let mut stats = tasks.filter_map(|task| fs::read_to_string(task.path().join("stat")).ok());
+    let stat = stats.find(|stat| stat.contains("(datapath-0) ")).expect("it runs");
+    let (_, rest) = stat.rsplit_once(") ").unwrap();
+    rest.split(' ').nth(6).unwrap().parse().unwrap()
+}
+
+/// Writing pages out to free memory must not wait for the thread that is to write them. Where we may not say so, we say that.
+#[test]
+fn a_datapath_thread_is_an_io_flusher_or_the_log_says_that_it_is_not() {
+    const MEMALLOC_NOIO_AND_LOCAL_THROTTLE: u64 = 0x0018_0000;
+    const CAP_SYS_RESOURCE: u64 = 1 << 24;
+    let own = fs::read_to_string("/proc/self/status").unwrap();
+    let capabilities = own.lines().find_map(|line| line.strip_prefix("CapEff:")).expect("capabilities");
+    let permitted = u64::from_str_radix(capabilities.trim(), 16).unwrap() & CAP_SYS_RESOURCE != 0;
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_serve"));
+    let serve = command.stdin(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    let flags = flags_of_datapath_thread(serve.id());
+    let said = String::from_utf8(serve.wait_with_output().unwrap().stderr).unwrap();
+    assert_eq!(flags & MEMALLOC_NOIO_AND_LOCAL_THROTTLE == MEMALLOC_NOIO_AND_LOCAL_THROTTLE, permitted, "{flags:#x}");
+    assert_eq!(said.matches("PR_SET_IO_FLUSHER is not permitted").count(), usize::from(!permitted), "{said}");
+}
