@@ -1,9 +1,10 @@
 //! Reads (mirror rules 7, 21, 23, 26).
 //!
 //! A read goes to one IN leg. If that fails it goes to the other; if that fails too and there is more than one block, it goes
-//! block by block, so that only a block that no leg can read fails. What one leg could not read and the other could is repaired. A read that
-//! touches a bad block (`bad_blocks.rs`) asks no leg. When the leg that a resync copied from is lost, what others read there may be on its way to
-//! the leg that is left: reads wait for that copy, or they would see new, old, new (rule 21).
+//! block by block, so that only a block that no leg can read fails. Where the legs may differ it goes block by block at once. What one leg could
+//! not read and the other could is repaired. A read that touches a bad block (`bad_blocks.rs`) asks no leg. When the leg that a resync copied
+//! from is lost, what others read there may be on its way to the leg that is left: reads wait for that copy, or they would see new, old, new
+//! (rule 21).
 
 use alloc::vec::Vec;
 
@@ -94,12 +95,16 @@ impl Mirror {
     }
 
     pub(super) fn read_done(&mut self, id: EntryId, slot: Slot, ended: Ended, out: &mut Effects) {
+        let Some(read) = self.reads.get(&id) else { return };
+        let (range, piece, tried) = (read.range, read.piece, read.tried);
         if ended.is_err() {
+            if piece.len() > 1 && self.in_count() > 1 && self.bitmap.unsynced(piece) {
+                // Where the legs may differ the other one serves, and is put there, only in the blocks that the pinned one cannot read.
+                return self.next_block(id, piece.start, out);
+            }
             // Another leg, if there is one that was not asked.
             return self.issue_read(id, out);
         }
-        let Some(read) = self.reads.get(&id) else { return };
-        let (range, piece, tried) = (read.range, read.piece, read.tried);
         if tried[slot.other().index()] {
             // Where the legs may differ, the pinned leg must say the same before anybody was told (mirror rule 21).
             let pinned = self.bitmap.unsynced(piece);

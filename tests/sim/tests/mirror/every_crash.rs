@@ -331,3 +331,42 @@ fn case_53_a_leg_that_goes_at_any_moment_of_its_readmission_is_out_again_and_wit
     }
     assert!(moments > 60, "{moments}");
 }
+
+#[test]
+fn rule_21_where_the_legs_may_differ_only_the_block_that_the_pinned_leg_cannot_read_comes_from_the_other_one() {
+    let mut differed = 0;
+    for seed in 0..20 {
+        let mut world = flushed(seed);
+        world.write(range(5000, 5004));
+        run_dry(&mut world);
+        world.flush();
+        run_dry(&mut world);
+        world.write(range(5000, 5004));
+        let on_a = in_flight_on(&world, Slot::A, |op| matches!(op, LegOp::Write { .. })).expect("it was issued");
+        world.finish(on_a);
+        world.kill([true, true]).expect("both are IN");
+        // The resync of the first region does not come to an end.
+        loop {
+            let copies = world.in_flight().into_iter().filter(|(.., op)| !matches!(op, LegOp::WriteMeta { .. }));
+            world.stuck.extend(copies.map(|(io, ..)| io));
+            if !world.step() {
+                break;
+            }
+        }
+        assert_eq!(world.mirror.status().sync, Sync::Resync);
+        differed += usize::from(world.disks[1].read(5001) != world.disks[0].read(5001));
+        assert_eq!(world.read_now(5001), Ok(4));
+        world.disks[0].bad.insert(5002);
+        let both = world.read(range(5001, 5003));
+        run_dry(&mut world);
+        assert_eq!((world.answers[&both], world.found(both)), (Ok(()), Some(4)), "{}", world.trace());
+        assert_eq!(world.read_now(5001), Ok(4));
+        assert!(world.disks[0].bad.is_empty(), "it is repaired");
+        world.stuck.clear();
+        world.settle();
+        assert!(world.healthy());
+        world.assert_identical();
+        assert_eq!(world.disks[1].read(5001), 4);
+    }
+    assert!(differed > 4, "{differed}");
+}
