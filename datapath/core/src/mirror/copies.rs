@@ -69,6 +69,8 @@ pub(super) struct Copy {
     /// This block was read, and failed.
     again: bool,
     failed: bool,
+    /// A write here failed on both legs after it was asked for: which of them is right is not what it was.
+    void: bool,
     /// What the only good leg could not read.
     unreadable: Runs,
 }
@@ -102,6 +104,7 @@ impl Mirror {
             again: false,
             swapped: false,
             failed: false,
+            void: false,
             unreadable: Runs::default(),
         };
         self.copies.insert(id, copy);
@@ -121,7 +124,7 @@ impl Mirror {
     pub(super) fn start_copy(&mut self, id: EntryId, out: &mut Effects) {
         let Some(copy) = self.copies.get_mut(&id) else { return };
         copy.step = Step::Buffer;
-        if self.read_only.is_some() && !matches!(copy.purpose, CopyFor::Mend(_)) {
+        if copy.void || (self.read_only.is_some() && !matches!(copy.purpose, CopyFor::Mend(_))) {
             return self.end_copy(id, false, out);
         }
         match self.copy_buffers.iter().position(|used| !used) {
@@ -138,6 +141,14 @@ impl Mirror {
     pub(super) fn resync_lands_on(&self, slot: Slot, range: BlockRange) -> bool {
         let lands = |copy: &Copy| matches!(copy.purpose, CopyFor::Sync { .. }) && matches!(copy.step, Step::Zero | Step::Write);
         self.copies.values().any(|copy| lands(copy) && copy.ends().1 == slot && copy.range.overlaps(range))
+    }
+
+    /// The legs may differ in this range from now on: what a repair that waits for its turn would put there may be older than what was read.
+    pub(super) fn void_repairs(&mut self, range: BlockRange) {
+        for copy in self.copies.values_mut() {
+            let repair = matches!(copy.purpose, CopyFor::Repair | CopyFor::Belief);
+            copy.void |= repair && copy.step == Step::Queued && copy.range.overlaps(range);
+        }
     }
 
     /// One of its legs is not what it was: nothing more is issued for it.

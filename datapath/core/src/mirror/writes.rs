@@ -171,6 +171,7 @@ impl Mirror {
 
     pub(super) fn mark_unsynced(&mut self, range: BlockRange) {
         self.bitmap.maybe_unsynced = true;
+        self.void_repairs(range);
         for region in crate::bitmap::regions_of(range) {
             self.bitmap.regions[region].unsynced = true;
             self.resync_again(region);

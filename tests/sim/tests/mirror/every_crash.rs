@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use lockstep_core::{
     format::{self, REGION_BLOCKS},
-    io::{Fill, LegOp, Notice, Request},
+    io::{Fill, LegOp, Notice, Outcome, Request},
     status::{LegState, Sync},
     units::{Errno, Slot},
 };
@@ -369,4 +369,40 @@ fn rule_21_where_the_legs_may_differ_only_the_block_that_the_pinned_leg_cannot_r
         assert_eq!(world.disks[1].read(5001), 4);
     }
     assert!(differed > 4, "{differed}");
+}
+
+#[test]
+fn rule_21_a_repair_that_was_asked_for_before_a_write_there_failed_on_both_legs_is_not_made() {
+    let mut world = flushed(1);
+    world.disks[0].bad.insert(3);
+    let on_a = loop {
+        let block = range(3, 5);
+        world.read(block);
+        if let Some(io) = in_flight_on(&world, Slot::A, |op| matches!(op, LegOp::Read { .. })) {
+            break io;
+        }
+        run_dry(&mut world);
+    };
+    // Two writes come beside that read; the repair of what it could not read waits for both.
+    world.write(range(3, 4));
+    world.write(range(4, 5));
+    let writes = world.in_flight().into_iter().filter(|(.., op)| matches!(op, LegOp::Write { .. }));
+    let writes: Vec<_> = writes.map(|(io, slot, op)| (io, slot, matches!(op, LegOp::Write { range, .. } if range.start == 3))).collect();
+    world.stuck.extend(writes.iter().map(|(io, ..)| *io));
+    world.finish(on_a);
+    run_dry(&mut world);
+    // The first one lands on A, and both say that it failed.
+    world.disks[0].cache.insert(3, 3);
+    world.disks[0].bad.clear();
+    for (io, ..) in writes.iter().filter(|(.., first)| *first) {
+        world.end(*io, Outcome::Failed(Errno::EIO));
+    }
+    assert_eq!(world.read_now(3), Ok(3), "A is pinned");
+    world.stuck.clear();
+    run_dry(&mut world);
+    assert_eq!(world.read_now(3), Ok(3), "what was read went back: {}", world.trace());
+    world.settle();
+    assert!(world.healthy());
+    world.assert_identical();
+    assert_eq!(world.disks[1].read(3), 3);
 }
