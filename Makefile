@@ -1,7 +1,8 @@
 # Everything that is built goes under ~/.cache/lockstep, never into the clone.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/lockstep/target
 .DEFAULT_GOAL := help
-.PHONY: help fmt check test sim fuzz mutants cargo-mutants native csi demo bench soak deny
+.PHONY: help fmt check test sim explore fuzz mutants cargo-mutants native csi demo bench soak deny
+WRITES ?= 2
 SEEDS ?= 10000
 FUZZ_SECONDS ?= 600
 FIRST ?= 0
@@ -20,6 +21,9 @@ test: ## Every tier, as CI runs it, and a table of them
 
 sim: ## Random histories of the mirror in the simulator: what they reach, and that no oracle breaks (SEEDS=N FIRST=N)
 	cargo run --quiet --release --locked -p lockstep-sim --bin sim -- --seeds $(SEEDS) --first $(FIRST)
+
+explore: ## Every interleaving of a few writes, a flush, a fault and a crash on a tiny volume (WRITES=1 to 3; 3 takes long)
+	cargo run --quiet --release --locked -p lockstep-sim --bin explore -- --writes $(WRITES)
 
 fuzz: ## The decoders on what a fuzzer thinks of, each for FUZZ_SECONDS=N
 	FUZZ_SECONDS=$(FUZZ_SECONDS) tests/run fuzz

@@ -10,6 +10,7 @@
 //! submission (mirror rule 4), so tokens of one block rise.
 
 mod disk;
+pub mod explore;
 mod memory;
 pub mod oracles;
 mod orders;
