@@ -95,7 +95,9 @@ impl Error {
             // The caller comes again; by then the operator has acted, or the old I/O is over.
             Self::Datapath(Mirror::Refused(_) | Mirror::Meta { .. } | Mirror::Truncated { .. }) => Code::FailedPrecondition,
             Self::Starting | Self::Datapath(Mirror::LegBusy { .. } | Mirror::Gone) => Code::Unavailable,
-            Self::Datapath(Mirror::Io { .. } | Mirror::Mirror(_) | Mirror::NoFlush { .. } | Mirror::Panicked) => Code::Internal,
+            Self::Datapath(Mirror::Io { .. } | Mirror::Mirror(_) | Mirror::NoFlush { .. } | Mirror::Holder(_) | Mirror::Panicked) => {
+                Code::Internal
+            }
             Self::Store(_) | Self::State(_) | Self::Tool(_) | Self::Io { .. } | Self::Panicked(_) => Code::Internal,
         }
     }

@@ -142,6 +142,15 @@ pub fn record_file_system(dir: &Path, fs_uuid: &str) -> Result<(), StateError> {
     state_dir::write_record(&path, &file)
 }
 
+/// The volume's object as it was when the leg was made, without its status. `None`: the leg does not say. Blocks.
+///
+/// # Errors
+/// `StateError::Unreadable`.
+pub fn object(dir: &Path) -> Result<Option<MirrorVolume>, StateError> {
+    let file = state_dir::read_record::<VolumeFile>(&dir.join("volume.yaml"))?;
+    Ok(file.map(|file| MirrorVolume::new(&file.volume, file.spec)))
+}
+
 /// Removes a leg. `meta` goes first, so that half of a leg is never taken for a whole one. Not there: nothing done. Blocks. XFS gives back
 /// the space of a removed file when it likes, and that of a shortened one at once.
 ///

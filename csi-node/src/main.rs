@@ -1,6 +1,10 @@
 //! The CSI node plugin.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context;
 use clap::Parser;
@@ -10,10 +14,9 @@ use lockstep_csi_node::{
     lease,
     node::Node,
     rpc::{Identity, NodeService},
-    staged,
     state_dir::StateDir,
 };
-use lockstep_datapath::Datapath;
+use lockstep_datapath::{Datapath, Holder};
 use lockstep_proto::{
     csi::{identity_server::IdentityServer, node_server::NodeServer},
     endpoint::Endpoint,
@@ -30,6 +33,8 @@ use tracing::{info, warn};
 
 /// How long calls that are under way may take at the end.
 const LAST_CALLS: Duration = Duration::from_secs(15);
+/// How long the csi-node before this one may take to end.
+const HANDOVER: Duration = Duration::from_secs(30);
 /// How often the disks are looked at.
 const SCAN: Duration = Duration::from_secs(2);
 /// How long the store may take for the objects of all disks.
@@ -38,7 +43,8 @@ const PUBLISH: Duration = Duration::from_secs(30);
 /// Lockstep's CSI node plugin: claims this node's disks and serves volumes that are mirrored on two of them.
 ///
 /// Every disk that the configuration selects belongs to Lockstep, all of it. A blank one is formatted; one that has anything on it is
-/// refused, and `LocalDisk` objects say why. Volumes are served by this process: when it ends, their devices end with it.
+/// refused, and `LocalDisk` objects say why. Volumes are served by this process. With a FUSE holder their devices outlive it: what they are asked
+/// meanwhile waits for the next csi-node, which goes on. Without one their devices end with it.
 ///
 /// Logging: LOCKSTEP_LOG=debug (default info), to stderr.
 #[derive(Debug, Parser)]
@@ -60,24 +66,34 @@ struct Args {
     /// object store is not supported yet.
     #[arg(long, value_name = "DIR")]
     objects: PathBuf,
+    /// The socket of the FUSE holder (`fuse-holder --socket`). Without it, the end of this process is the end of its volumes' devices.
+    #[arg(long, value_name = "PATH")]
+    fuse_holder: Option<PathBuf>,
     /// How many threads serve volumes; each carries many.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
     datapath_threads: u8,
 }
 
 fn main() -> anyhow::Result<()> {
-    let Args { endpoint, node_name, config, state_dir, objects, datapath_threads } = Args::parse();
+    let Args { endpoint, node_name, config, state_dir, objects, fuse_holder, datapath_threads } = Args::parse();
     logging::init()?;
     anyhow::ensure!(
         lockstep_store::is_name(&node_name),
         "--node-name {node_name:?} is not a node's name: lower-case letters, digits, '-' and '.', as in `kubectl get nodes`"
     );
     let config = Config::read(&config)?;
-    let state = Arc::new(StateDir::open(&state_dir)?);
+    // First of all: it says when the csi-node before this one is gone.
+    let holder = fuse_holder.as_deref().map(find_holder).transpose()?;
+    let before_is_dying = holder.as_ref().is_some_and(|holder| holder.before_is_dying());
+    let state = Arc::new(StateDir::open(&state_dir, before_is_dying)?);
+    if before_is_dying {
+        // It will never answer there.
+        endpoint.take_away()?;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
     let store = Directory::open(&objects)?;
     let disks = Arc::new(Disks::new(Arc::clone(&state), config.disks));
-    let datapath = Datapath::start(usize::from(datapath_threads))?;
+    let datapath = Datapath::start(usize::from(datapath_threads), holder)?;
     let node = Arc::new(Node::new(node_name, store, state, disks, datapath));
     runtime.block_on(run(node, &endpoint))?;
     // A thread that waits for a hung disk must not keep the process.
@@ -85,22 +101,23 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Says hello to the FUSE holder, and plainly what volumes have of it.
+fn find_holder(path: &Path) -> anyhow::Result<Arc<Holder>> {
+    let holder = Holder::connect(path, concat!("csi-node ", env!("CARGO_PKG_VERSION")), HANDOVER)?;
+    if !lockstep_datapath::kernel_can_resend() {
+        warn!(
+            "this kernel is older than 6.9 and cannot send requests again: what is under way when csi-node ends is lost, and the users of its \
+             volumes get I/O errors"
+        );
+    }
+    Ok(holder)
+}
+
 async fn run<S: Store>(node: Arc<Node<S>>, endpoint: &Endpoint) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let identity = Identity::default();
     let incoming = endpoint.bind()?;
-    let (records, unreadable) = staged::all(&node.state)?;
-    for error in unreadable {
-        warn!(%error, "a staged volume cannot be told");
-    }
-    for staged in records {
-        warn!(
-            volume = staged.volume,
-            path = %staged.staging_path.display(),
-            "it was staged when an earlier csi-node ended, and its device is dead: unpublish and unstage it, then stage it again"
-        );
-    }
     tokio::spawn(Arc::clone(&node.disks).settle());
     let ready = identity.clone();
     tokio::spawn(watch_disks(Arc::clone(&node), ready));
@@ -135,6 +152,7 @@ async fn run<S: Store>(node: Arc<Node<S>>, endpoint: &Endpoint) -> anyhow::Resul
 async fn watch_disks<S: Store>(node: Arc<Node<S>>, ready: Identity) {
     node.disks.scan().await;
     tokio::spawn(publish_disks(Arc::clone(&node)));
+    node.resume_all().await;
     node.set_scanned();
     ready.set_ready();
     tokio::spawn(Arc::clone(&node).follow_volumes());

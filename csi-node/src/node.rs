@@ -149,12 +149,17 @@ impl<S: Store> Node<S> {
         found.filter(|volume| volume.spec.node == self.name).ok_or_else(|| Error::NoVolume(id.to_owned()))
     }
 
-    /// At the end of the process, which is not a crash of what is being assembled: what was answered is durable. The devices of volumes that
-    /// are still in use end with the process, and the dirty bits tell the next one what may differ.
+    /// At the end of the process, which is not a crash of what is being assembled: what was answered is durable. The devices of volumes that are
+    /// still in use wait for the next one, or end with the process if nobody holds them; the dirty bits tell the next one what may differ.
     pub async fn flush_all(&self) {
         let open: Vec<_> = self.open.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
         for open in open {
-            tracing::warn!(volume = open.id, device = %open.volume.device().display(), "the volume is in use: its device ends with this process");
+            let device = open.volume.device().display();
+            if self.datapath.has_holder() {
+                tracing::info!(volume = open.id, %device, "the volume is in use: its device waits for the next csi-node");
+            } else {
+                tracing::warn!(volume = open.id, %device, "the volume is in use: its device ends with this process");
+            }
             let flushed = tokio::time::timeout(PATIENCE, open.volume.flush()).await;
             match flushed {
                 Ok(Ok(())) => {}

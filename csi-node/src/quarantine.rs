@@ -1,10 +1,10 @@
 //! A mirror whose assembly takes csi-node with it, again and again, is left alone (mirror rule 33): it would take the node's other volumes too.
 //!
 //! ```text
-//! NodeStage --> counted, durably --> assembled --> serves: the count goes
-//!                  |                     |  an orderly error, an orderly end of csi-node: as before
-//!                  |                     |  csi-node is gone: the count stays
-//!                  +--> three: refused, until a person lifts it
+//! NodeStage, resume --> counted, durably --> assembled --> serves: the count goes
+//!                          |                     |  an orderly error, an orderly end of csi-node: as before
+//!                          |                     |  csi-node is gone: the count stays
+//!                          +--> three: refused, until a person lifts it
 //! ```
 
 use std::{
@@ -85,6 +85,11 @@ impl<S: Store> Node<S> {
         state_dir::write_record(&path, &Attempts { unfinished: before.unfinished + 1, ..before.clone() })?;
         self.assemblies.0.lock().unwrap_or_else(PoisonError::into_inner).insert(uid, before);
         Ok(())
+    }
+
+    /// Whether csi-node ended while it assembled this volume's mirror, and did not come to serve it since.
+    pub(crate) fn assembly_crashed(&self, uid: &str) -> bool {
+        self.state.assembling(uid).exists()
     }
 
     async fn refuse_quarantined(&self, id: &str, uid: &str, crashes: u32) -> Error {

@@ -281,7 +281,7 @@ pub(crate) fn mounted(staged: &Staged) -> Result<bool, Error> {
 }
 
 /// The mirror serves requests, or never will.
-async fn until_ready(open: &OpenVolume) -> Result<(), Error> {
+pub(crate) async fn until_ready(open: &OpenVolume) -> Result<(), Error> {
     let mut status = open.volume.status();
     let decided = status.wait_for(|status: &MirrorStatus| status.ready || status.read_only || status.stopped).await;
     let decided = *decided.map_err(|_| Error::Datapath(lockstep_datapath::Error::Gone))?;

@@ -90,7 +90,7 @@ mod tests {
     #[test]
     fn a_damaged_record_keeps_nobody_else_from_its_own() {
         let dir = tempfile::tempdir().unwrap();
-        let state = StateDir::open(dir.path()).unwrap();
+        let state = StateDir::open(dir.path(), false).unwrap();
         let text = "volume: v\nuid: u\nstagingPath: /s\nvolumeMode: Block\n";
         fs::write(state.staged("u"), text).unwrap();
         assert_eq!(of(&state, "w").unwrap(), None);

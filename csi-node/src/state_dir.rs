@@ -15,6 +15,7 @@ use std::{
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use rustix::fs::{FlockOperation, flock};
@@ -44,6 +45,9 @@ pub enum StateError {
     },
 }
 
+/// How long a csi-node that was killed may take to end.
+const DYING_GRACE: Duration = Duration::from_secs(2);
+
 /// An open state directory.
 #[derive(Debug)]
 pub struct StateDir {
@@ -56,11 +60,12 @@ fn io_error(path: &Path) -> impl FnOnce(io::Error) -> StateError + '_ {
 }
 
 impl StateDir {
-    /// Opens it, makes it if it is not there, and locks it until the process ends.
+    /// Opens it, makes it if it is not there, and locks it until the process ends. `before_is_dying`: whoever may have the lock was killed and
+    /// cannot end; after a moment its lock is not waited for.
     ///
     /// # Errors
     /// `StateError::InUse` if another process has it.
-    pub fn open(root: &Path) -> Result<Self, StateError> {
+    pub fn open(root: &Path, before_is_dying: bool) -> Result<Self, StateError> {
         for dir in ["disks", "formatting", "witness", "staged", "assembling", "deleted", "run"] {
             let dir = root.join(dir);
             fs::create_dir_all(&dir).map_err(io_error(&dir))?;
@@ -68,8 +73,20 @@ impl StateDir {
         // Mount points are compared with what the kernel says, which knows no links.
         let root = root.canonicalize().map_err(io_error(root))?;
         let path = root.join("lock");
-        let lock = File::options().create(true).append(true).open(&path).map_err(io_error(&path))?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| StateError::InUse(root.clone()))?;
+        let open = || File::options().create(true).append(true).open(&path).map_err(io_error(&path));
+        let lock = |file: File| flock(&file, FlockOperation::NonBlockingLockExclusive).ok().map(|()| file);
+        let mut locked = lock(open()?);
+        let patience = Instant::now() + DYING_GRACE;
+        while locked.is_none() && before_is_dying && Instant::now() < patience {
+            std::thread::sleep(Duration::from_millis(20));
+            locked = lock(open()?);
+        }
+        if locked.is_none() && before_is_dying {
+            // The dying one keeps the lock of a file that has no name any more.
+            fs::remove_file(&path).map_err(io_error(&path))?;
+            locked = lock(open()?);
+        }
+        let lock = locked.ok_or_else(|| StateError::InUse(root.clone()))?;
         Ok(Self { root, _lock: lock })
     }
 
@@ -174,10 +191,13 @@ mod tests {
     #[test]
     fn a_state_directory_has_one_csi_node() {
         let dir = tempfile::tempdir().unwrap();
-        let first = StateDir::open(dir.path()).unwrap();
-        assert!(matches!(StateDir::open(dir.path()), Err(StateError::InUse(_))));
-        drop(first);
-        StateDir::open(dir.path()).unwrap();
+        let first = StateDir::open(dir.path(), false).unwrap();
+        assert!(matches!(StateDir::open(dir.path(), false), Err(StateError::InUse(_))));
+        // It was killed and hangs: its successor is alone all the same.
+        let second = StateDir::open(dir.path(), true).unwrap();
+        assert!(matches!(StateDir::open(dir.path(), false), Err(StateError::InUse(_))));
+        drop((first, second));
+        StateDir::open(dir.path(), false).unwrap();
     }
 
     #[test]

@@ -25,6 +25,13 @@ fn mark(name: &str) -> String {
     format!("lockstep:{name}")
 }
 
+/// Whether this kernel can send again what was not answered: Linux 6.9 and later. A connection says so itself only once it is there.
+pub fn kernel_can_resend() -> bool {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse::<u32>().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (6, 9)
+}
+
 /// A mounted FUSE file.
 #[derive(Clone, Debug)]
 pub(crate) struct Mount {
@@ -113,17 +120,28 @@ pub(crate) fn detach(device: &LoopDevice) -> Result<(), Error> {
     isolated(move || device.detach().context(|| format!("detaching {}", device.path().display())))
 }
 
+/// The mount and the loop device that a process before this one made. `None`: they are not there. Touches neither: nobody serves them yet.
+pub(crate) fn existing(run_dir: &Path, name: &str) -> Result<Option<(Mount, LoopDevice)>, Error> {
+    let path = run_dir.join(name);
+    let over = loop_device::over(&as_the_kernel_names_it(&path)).context(|| "looking for loop devices".into())?;
+    Ok(over.into_iter().next().map(|device| (Mount { path }, device)))
+}
+
+/// With no link in its directory; the file itself is not looked at, since that may ask who serves it.
+fn as_the_kernel_names_it(path: &Path) -> PathBuf {
+    let dir = path.parent().and_then(|dir| dir.canonicalize().ok());
+    dir.zip(path.file_name()).map_or(path.to_owned(), |(dir, name)| dir.join(name))
+}
+
 /// Removes what a process that died left behind for this volume: its loop device and its FUSE mount. The file system on the device must
 /// be unmounted by then, or the loop device goes with its last user. Nothing left: nothing done. Blocks.
 ///
 /// # Errors
 /// `Error::Io`.
-pub fn remove_leftovers(run_dir: &Path, name: &str) -> Result<(), Error> {
+pub(crate) fn remove_leftovers(run_dir: &Path, name: &str) -> Result<(), Error> {
     let (path, mark) = (run_dir.join(name), mark(name));
     isolated(move || {
-        // As the kernel names it.
-        let backing =
-            path.parent().and_then(|dir| dir.canonicalize().ok()).zip(path.file_name()).map_or(path.clone(), |(dir, name)| dir.join(name));
+        let backing = as_the_kernel_names_it(&path);
         for device in loop_device::find(&mark, &backing).context(|| "looking for loop devices".into())? {
             device.detach().context(|| format!("detaching {}", device.path().display()))?;
         }

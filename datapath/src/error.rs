@@ -45,6 +45,9 @@ pub enum Error {
     /// The mirror refused a command.
     #[error("the mirror answered {0}")]
     Mirror(Errno),
+    /// Who keeps the volumes' connections does not do what it was asked.
+    #[error(transparent)]
+    Holder(#[from] lockstep_fuse_holder::Error),
     /// The volume is closed, or its datapath thread is gone.
     #[error("the volume is not open any more")]
     Gone,

@@ -3,25 +3,29 @@
 use std::{
     fs::OpenOptions,
     io::Read,
-    os::unix::fs::OpenOptionsExt,
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use lockstep_core::{
+    Mirror,
     assembly::{Assembly, Limits, assemble},
     format,
     io::{Effects, Fill, Notice, Request},
     status::{LegState, Status},
     units::{BLOCK_SIZE, Epoch, Errno, Instant, LegId, Slot, VolumeId},
 };
+use lockstep_fuse_holder::Holder;
 use tokio::sync::{Mutex, broadcast, mpsc, oneshot, watch};
 use tracing::warn;
 
 use crate::{
-    abi::loop_device::LoopDevice,
+    abi::{fuse, loop_device::LoopDevice},
     device::{self, Mount},
     error::{Context, Error},
+    fence::{self, Before},
     leg::{self, OpenLeg},
     thread::Thread,
     volume::{Command, Start},
@@ -75,6 +79,8 @@ impl Default for Settings {
 pub struct Datapath {
     threads: Vec<Thread>,
     limits: Limits,
+    /// Who keeps the volumes' connections when this process ends.
+    holder: Option<Arc<Holder>>,
 }
 
 /// An open volume. Dropping it without `close` leaves its device behind, as a kill would.
@@ -91,6 +97,18 @@ pub struct Volume {
     first: std::sync::Mutex<Option<broadcast::Receiver<Notice>>>,
     returning: Vec<(LegPath, Slot, Fill)>,
     witness: PathBuf,
+    holder: Option<Arc<Holder>>,
+}
+
+/// A mirror that was assembled, and what comes of its volume.
+struct Assembled {
+    name: String,
+    mirror: Mirror,
+    effects: Effects,
+    status: Status,
+    legs: [Option<OpenLeg>; 2],
+    witness: std::fs::File,
+    returning: Vec<(LegPath, Slot, Fill)>,
 }
 
 struct Opened {
@@ -106,22 +124,22 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + S
 }
 
 impl Datapath {
-    /// Starts this many threads.
+    /// Starts this many threads. With a holder, volumes outlive this process (`resume`).
     ///
     /// # Errors
     /// `Error::Io` if a thread cannot be started.
-    pub fn start(threads: usize) -> Result<Self, Error> {
-        Self::start_with(Settings { threads, ..Settings::default() })
+    pub fn start(threads: usize, holder: Option<Arc<Holder>>) -> Result<Self, Error> {
+        Self::start_with(Settings { threads, ..Settings::default() }, holder)
     }
 
     /// Starts threads that are set up so.
     ///
     /// # Errors
     /// `Error::Io` if a thread cannot be started.
-    pub fn start_with(settings: Settings) -> Result<Self, Error> {
+    pub fn start_with(settings: Settings, holder: Option<Arc<Holder>>) -> Result<Self, Error> {
         let Settings { threads, ring_entries, limits } = settings;
         let threads = (0..threads.max(1)).map(|number| Thread::start(number, ring_entries)).collect::<Result<_, _>>();
-        Ok(Self { threads: threads.context(|| "starting a datapath thread".into())?, limits })
+        Ok(Self { threads: threads.context(|| "starting a datapath thread".into())?, limits, holder })
     }
 
     /// Fences the legs, assembles the mirror and makes its block device. What an earlier process left behind for the volume is removed
@@ -129,56 +147,174 @@ impl Datapath {
     ///
     /// # Errors
     /// `Error::Refused` if the mirror must not be used as it was found; `Error::LegBusy`: try again; `Error::Io`, `Error::Truncated`,
-    /// `Error::NoFlush`.
+    /// `Error::NoFlush`, `Error::Holder`.
     pub async fn open(&self, spec: VolumeSpec) -> Result<Volume, Error> {
-        let thread = self.threads.iter().min_by_key(|thread| thread.volumes()).ok_or(Error::Gone)?;
-        let witness = spec.witness.clone();
+        let (witness, holder, name) = (spec.witness.clone(), self.holder.clone(), spec.volume.to_string());
         let limits = self.limits;
-        let opened = blocking(move || open(&spec, limits)).await?;
-        let name = opened.start.name.clone();
-        let (status, notices) = (opened.start.status.subscribe(), opened.start.notices.clone());
-        let first = notices.subscribe();
-        if thread.add(opened.start).await.is_err() {
-            let mount = opened.mount;
-            drop(blocking(move || mount.unmount()).await);
-            return Err(Error::Gone);
-        }
-        let (mount, mark) = (opened.mount, name.clone());
-        let attached = blocking(move || match mount.attach_loop(&mark) {
-            Ok(device) => Ok((mount, device)),
+        let kept = holder.clone();
+        let opened = blocking(move || open(&spec, kept.as_deref(), limits)).await?;
+        let mount = opened.mount.clone();
+        let (returning, legs) = (opened.returning.clone(), opened.legs.clone());
+        let fuse = opened.start.fuse.try_clone().context(|| "copying a descriptor".into());
+        let served = match self.serve(opened).await {
+            Ok(served) => served,
             Err(error) => {
-                drop(mount.unmount());
-                Err(error)
+                drop(blocking(move || mount.unmount()).await);
+                return Err(error);
+            }
+        };
+        let attached = blocking(move || {
+            let attached = fuse.and_then(|fuse| Ok((mount.attach_loop(&name)?, fuse)));
+            // Not before: what a process waits for that is killed in the attaching must end with it.
+            let held = attached.and_then(|(device, fuse)| match holder.map_or(Ok(()), |holder| holder.put(&name, fuse)) {
+                Ok(()) => Ok(device),
+                Err(error) => {
+                    drop(device::detach(&device));
+                    Err(error.into())
+                }
+            });
+            match held {
+                Ok(device) => Ok((mount, device)),
+                Err(error) => {
+                    drop(mount.unmount());
+                    Err(error)
+                }
             }
         });
-        let (mount, device) = attached.await?;
-        Ok(Volume {
-            name,
-            device: device.path().to_owned(),
-            state: Mutex::new(Some(Arc::new((mount, device)))),
-            legs: Mutex::new(opened.legs),
-            commands: opened.commands,
-            status,
-            notices,
-            first: std::sync::Mutex::new(Some(first)),
-            returning: opened.returning,
-            witness,
-        })
+        let attached = attached.await?;
+        Ok(served.volume(attached, legs, returning, witness, self.holder.clone()))
+    }
+
+    /// Serves a volume's device on from where an earlier process ended: fences the legs, assembles the mirror, and has the kernel send again
+    /// what was not answered. A leg whose last I/O is not over by the deadline of leg I/O is left out, if the mirror may do without it (mirror
+    /// rule 25). `None`: the holder has nothing of this volume, or its device is gone; then nothing was done.
+    ///
+    /// # Errors
+    /// As `open`'s. After one the device's users still wait: try again, or end it (`remove_leftovers`).
+    pub async fn resume(&self, spec: VolumeSpec) -> Result<Option<Volume>, Error> {
+        let Some(holder) = self.holder.clone() else { return Ok(None) };
+        let (witness, limits) = (spec.witness.clone(), self.limits);
+        let resumed = blocking(move || {
+            let name = spec.volume.to_string();
+            let Some(attached) = device::existing(&spec.run_dir, &name)? else { return Ok(None) };
+            let Some(fuse) = holder.get(&name)? else { return Ok(None) };
+            let limit = Duration::from_millis(limits.leg_deadline_millis);
+            let before = if holder.before_is_dying() { Before::Dying } else { Before::Ended };
+            let legs = fence::open_legs_by(&spec.legs, limit, before);
+            if before == Before::Dying {
+                let witness = OpenOptions::new().write(true).open(&spec.witness);
+                witness.and_then(|file| fence::drain(&file)).context(|| format!("waiting for writes to {}", spec.witness.display()))?;
+            }
+            let assembled = assembled(&spec, legs, limits)?;
+            rustix::io::write(&fuse, &fuse::resend()).context(|| format!("asking for the requests of {name} again"))?;
+            Ok(Some((assembled.opened(attached.0.clone(), fuse), attached)))
+        });
+        let Some((opened, attached)) = resumed.await? else { return Ok(None) };
+        let (returning, legs) = (opened.returning.clone(), opened.legs.clone());
+        let served = self.serve(opened).await?;
+        Ok(Some(served.volume(attached, legs, returning, witness, self.holder.clone())))
+    }
+
+    /// The volumes that an earlier process served, by their ids; `resume` may take them up. Blocks.
+    ///
+    /// # Errors
+    /// `Error::Holder`.
+    pub fn resumable(&self) -> Result<Vec<String>, Error> {
+        self.holder.as_ref().map_or(Ok(Vec::new()), |holder| Ok(holder.list()?))
+    }
+
+    /// Whether volumes outlive this process.
+    pub fn has_holder(&self) -> bool {
+        self.holder.is_some()
+    }
+
+    /// Removes what a process that ended left behind for this volume: its FUSE connection, its loop device and its FUSE mount. The file system
+    /// on the device must be unmounted by then, or the loop device goes with its last user. Nothing left: nothing done. Blocks.
+    ///
+    /// # Errors
+    /// `Error::Io`, `Error::Holder`.
+    pub fn remove_leftovers(&self, run_dir: &Path, name: &str) -> Result<(), Error> {
+        remove_leftovers(self.holder.as_deref(), run_dir, name)
+    }
+
+    /// Ends what an earlier process served and this one cannot: every request on it fails from now on. Blocks.
+    ///
+    /// # Errors
+    /// `Error::Holder`.
+    pub fn let_go(&self, name: &str) -> Result<(), Error> {
+        self.holder.as_ref().map_or(Ok(()), |holder| Ok(holder.remove(name)?))
+    }
+
+    /// Hands an assembled mirror to the thread that has least to do.
+    async fn serve(&self, opened: Opened) -> Result<Served, Error> {
+        let thread = self.threads.iter().min_by_key(|thread| thread.volumes()).ok_or(Error::Gone)?;
+        let start = opened.start;
+        let (status, notices) = (start.status.subscribe(), start.notices.clone());
+        let served = Served { name: start.name.clone(), commands: opened.commands, status, first: notices.subscribe(), notices };
+        match thread.add(start).await {
+            Ok(()) => Ok(served),
+            Err(()) => Err(Error::Gone),
+        }
     }
 }
 
-fn open(spec: &VolumeSpec, limits: Limits) -> Result<Opened, Error> {
-    let name = spec.volume.to_string();
-    device::remove_leftovers(&spec.run_dir, &name)?;
-    let mut found = Vec::new();
-    for path in &spec.legs {
-        match OpenLeg::open(&path.dir) {
-            Ok(leg) => found.push(leg),
-            // Its last I/O is waited for: without it the leg would be taken out for nothing.
-            Err(error @ Error::LegBusy { .. }) => return Err(error),
-            Err(error) => warn!(%error, "a leg is left out"),
+/// A volume on its datapath thread.
+struct Served {
+    name: String,
+    commands: mpsc::Sender<Command>,
+    status: watch::Receiver<Status>,
+    notices: broadcast::Sender<Notice>,
+    first: broadcast::Receiver<Notice>,
+}
+
+impl Served {
+    fn volume(
+        self,
+        attached: (Mount, LoopDevice),
+        legs: [Option<PathBuf>; 2],
+        returning: Vec<(LegPath, Slot, Fill)>,
+        witness: PathBuf,
+        holder: Option<Arc<Holder>>,
+    ) -> Volume {
+        Volume {
+            name: self.name,
+            device: attached.1.path().to_owned(),
+            state: Mutex::new(Some(Arc::new(attached))),
+            legs: Mutex::new(legs),
+            commands: self.commands,
+            status: self.status,
+            notices: self.notices,
+            first: std::sync::Mutex::new(Some(self.first)),
+            returning,
+            witness,
+            holder,
         }
     }
+}
+
+fn remove_leftovers(holder: Option<&Holder>, run_dir: &Path, name: &str) -> Result<(), Error> {
+    if let Some(holder) = holder {
+        // Nobody waits for it any more from here on.
+        holder.remove(name)?;
+    }
+    device::remove_leftovers(run_dir, name)
+}
+
+fn open(spec: &VolumeSpec, holder: Option<&Holder>, limits: Limits) -> Result<Opened, Error> {
+    let name = spec.volume.to_string();
+    remove_leftovers(holder, &spec.run_dir, &name)?;
+    let assembled = assembled(spec, fence::open_legs(&spec.legs)?, limits)?;
+    for leg in assembled.legs.iter().flatten() {
+        if let Err(error) = leg.allocate(assembled.status.blocks * BLOCK_SIZE) {
+            // If the disk is failing, the mirror will see for itself; if it is full, writes to new space are refused.
+            warn!(%error, "a leg's space could not be made sure of");
+        }
+    }
+    let (mount, fuse) = device::mount_fuse(&spec.run_dir, &name)?;
+    Ok(assembled.opened(mount, fuse))
+}
+
+fn assembled(spec: &VolumeSpec, found: Vec<OpenLeg>, limits: Limits) -> Result<Assembled, Error> {
     let mut witness = Vec::new();
     let witness_file = OpenOptions::new()
         .read(true)
@@ -221,26 +357,28 @@ fn open(spec: &VolumeSpec, limits: Limits) -> Result<Opened, Error> {
             // Its first I/O fails, and the mirror takes it OUT.
             warn!(%error, "a leg is left out");
             legs[slot] = None;
-        } else if let Err(error) = leg.allocate(bytes) {
-            // If the disk is failing, the mirror will see for itself; if it is full, writes to new space are refused.
-            warn!(%error, "a leg's space could not be made sure of");
         }
     }
-    let dirs = [0, 1].map(|slot: usize| legs[slot].as_ref().map(|leg| leg.dir.clone()));
-    let (mount, fuse) = device::mount_fuse(&spec.run_dir, &name)?;
-    let (commands, incoming) = mpsc::channel(16);
-    let start = Start {
-        name,
-        mirror: assembled.mirror,
-        effects,
-        legs,
-        witness: witness_file,
-        fuse,
-        commands: incoming,
-        status: watch::Sender::new(status),
-        notices: broadcast::Sender::new(256),
-    };
-    Ok(Opened { start, commands, mount, legs: dirs, returning })
+    Ok(Assembled { name: spec.volume.to_string(), mirror: assembled.mirror, effects, status, legs, witness: witness_file, returning })
+}
+
+impl Assembled {
+    fn opened(self, mount: Mount, fuse: OwnedFd) -> Opened {
+        let dirs = [0, 1].map(|slot: usize| self.legs[slot].as_ref().map(|leg| leg.dir.clone()));
+        let (commands, incoming) = mpsc::channel(16);
+        let start = Start {
+            name: self.name,
+            mirror: self.mirror,
+            effects: self.effects,
+            legs: self.legs,
+            witness: self.witness,
+            fuse,
+            commands: incoming,
+            status: watch::Sender::new(self.status),
+            notices: broadcast::Sender::new(256),
+        };
+        Opened { start, commands, mount, legs: dirs, returning: self.returning }
+    }
 }
 
 impl Volume {
@@ -296,7 +434,7 @@ impl Volume {
         let bytes = self.status.borrow().blocks * BLOCK_SIZE;
         let dir = path.dir.clone();
         let open = blocking(move || {
-            let leg = OpenLeg::open(&dir)?;
+            let leg = OpenLeg::open(&dir, fence::FENCE_DEADLINE, Before::Ended)?;
             let summary = format::peek(&leg.meta).map_err(|source| Error::Meta { path: dir.join("meta"), source })?;
             leg.whole(summary.blocks)?;
             leg.allocate(bytes)?;
@@ -418,6 +556,10 @@ impl Volume {
                 Err(error) => warn!(%error, "the mirror could not be stopped cleanly"),
             }
             blocking(move || attached.0.unmount()).await?;
+            if let Some(holder) = self.holder.clone() {
+                let name = self.name.clone();
+                blocking(move || Ok(holder.remove(&name)?)).await?;
+            }
             *state = None;
         }
         match self.ask(Command::Close).await {

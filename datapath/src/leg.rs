@@ -13,11 +13,11 @@ use std::{
 
 use io_uring::{cqueue, opcode, squeue, types};
 use lockstep_core::{
-    format,
+    format::{self, MetaPage},
     io::{LegOp, Outcome, Page},
     units::{BLOCK_SIZE, BlockRange, Errno},
 };
-use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, flock, seek};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use tokio_uring::{
     InFlightOneshot, OneshotOutputTransform, UnsubmittedOneshot,
     buf::{IoBuf, IoBufMut},
@@ -29,10 +29,9 @@ use crate::{
     buffers::{Class, Pool, Window},
     disk_queue::{self, DiskQueue, Place},
     error::{Context, Error},
+    fence::{Before, fence},
 };
 
-/// How long an earlier process's I/O on a leg is waited for.
-const FENCE_DEADLINE: Duration = Duration::from_secs(10);
 /// Zeroes without giving the space back: a thick volume keeps what it was promised.
 const ZERO_KEEPING_SPACE: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 
@@ -123,31 +122,16 @@ fn open_direct(dir: &Path, name: &str, flags: i32) -> Result<File, Error> {
     }))
 }
 
-/// Locks a file for as long as it is open. In-flight I/O of a dead process keeps its open file and with it the lock: who gets the lock has
-/// seen the last stale write. So every file that is written is written through the description that holds its lock.
-fn fence(file: &File, path: &Path, deadline: Instant) -> Result<(), Error> {
-    while let Err(error) = flock(file, FlockOperation::NonBlockingLockExclusive) {
-        if error != rustix::io::Errno::WOULDBLOCK {
-            return Err(error).context(|| format!("locking {}", path.display()));
-        }
-        if Instant::now() >= deadline {
-            return Err(Error::LegBusy { path: path.to_owned() });
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
-}
-
 impl OpenLeg {
-    /// Opens and fences the leg in `dir`. Blocks: up to 10 s if an earlier process's writes are still on their way.
-    pub(crate) fn open(dir: &Path) -> Result<Self, Error> {
+    /// Opens and fences the leg in `dir`. Blocks: up to `limit` if an earlier process's writes are still on their way.
+    pub(crate) fn open(dir: &Path, limit: Duration, before: Before) -> Result<Self, Error> {
         let path = dir.join("data");
         let data = open_direct(dir, "data", 0)?;
-        let deadline = Instant::now() + FENCE_DEADLINE;
-        fence(&data, &path, deadline)?;
+        let deadline = Instant::now() + limit;
+        fence(&data, &path, deadline, before)?;
         let meta_path = dir.join("meta");
         let meta_file = open_direct(dir, "meta", libc::O_DSYNC)?;
-        fence(&meta_file, &meta_path, deadline)?;
+        fence(&meta_file, &meta_path, deadline, before)?;
         let mut meta = Vec::new();
         File::open(&meta_path)
             .and_then(|file| file.take(format::META_LEN).read_to_end(&mut meta))
@@ -214,6 +198,14 @@ impl Prepared {
             LegOp::Flush => Self::Flush,
             LegOp::NextData { range } => Self::NextData(range),
             LegOp::WriteMeta { offset, page } => Self::WriteMeta { offset, page },
+        }
+    }
+
+    /// What of the metadata it writes.
+    pub(crate) fn meta_page(&self) -> Option<MetaPage> {
+        match self {
+            Self::WriteMeta { offset, page } => Some(MetaPage::of(*offset, page)),
+            _ => None,
         }
     }
 

@@ -89,6 +89,7 @@ struct Entry {
 }
 
 struct Volume {
+    name: String,
     pool: Rc<Pool>,
     mirror: RefCell<Option<Mirror>>,
     legs: RefCell<[Option<Rc<LegFiles>>; 2]>,
@@ -123,6 +124,7 @@ pub(crate) async fn run(start: Start, pool: Rc<Pool>, landing: Rc<RefCell<Option
         Err(error) => return error!(volume = start.name, %error, "the FUSE device cannot be polled"),
     };
     let volume = Rc::new(Volume {
+        name: start.name,
         pool,
         blocks: Cell::new(start.mirror.status().blocks),
         mirror: RefCell::new(Some(start.mirror)),
@@ -299,10 +301,12 @@ impl Volume {
 
     async fn leg_io(self: Rc<Self>, slot: Slot, files: Option<Rc<LegFiles>>, io: IoId, op: Prepared) {
         let (kind, wanted) = op.described();
+        let page = op.meta_page().inspect(|page| debug!(volume = self.name, ?slot, ?page, "metadata is written"));
         let outcome = match files {
             Some(files) => files.perform(&self.pool, op).await,
             None => Outcome::Failed(Errno::ENODEV),
         };
+        page.inspect(|page| debug!(volume = self.name, ?slot, ?page, "metadata was written"));
         match outcome {
             Outcome::Failed(errno) => debug!(?slot, kind, errno = errno.0, "a leg's I/O failed"),
             Outcome::Done(bytes) if bytes < wanted => debug!(?slot, kind, bytes, wanted, "a leg's I/O fell short"),
@@ -362,19 +366,19 @@ impl Volume {
                 if let Some(files) = self.legs.borrow_mut()[slot.index()].take() {
                     files.let_go(&self.pool);
                 }
-                warn!(?slot, "leg is OUT");
+                warn!(volume = self.name, ?slot, "leg is OUT");
             }
             Notice::Grown { blocks } => {
                 self.blocks.set(*blocks);
-                info!(blocks, "grown");
+                info!(volume = self.name, blocks, "grown");
             }
             Notice::LegFailed { .. }
             | Notice::BlocksLost { .. }
             | Notice::RebuildBlocked { .. }
             | Notice::WitnessFailed { .. }
             | Notice::ReadOnly { .. }
-            | Notice::Mismatch { .. } => warn!(?notice),
-            _ => info!(?notice),
+            | Notice::Mismatch { .. } => warn!(volume = self.name, ?notice),
+            _ => info!(volume = self.name, ?notice),
         }
         // Before the status that it leads to: who sees the status can know why. Nobody listens: nobody wants to know.
         drop(self.notices.send(notice));
@@ -521,8 +525,8 @@ impl Volume {
             Operation::Ignored => {}
             Operation::Nothing => self.fuse.reply(unique, 0, &[]),
             Operation::Unsupported(errno) => self.fuse.reply(unique, errno, &[]),
-            Operation::Init { major: 7, minor, readahead, flags } => {
-                self.fuse.reply(unique, 0, &fuse::init_reply(minor, readahead, flags));
+            Operation::Init { major: 7, minor, readahead, flags, flags2 } => {
+                self.fuse.reply(unique, 0, &fuse::init_reply(minor, readahead, flags, flags2));
             }
             Operation::Init { .. } => self.fuse.reply(unique, libc::EPROTO, &[]),
             Operation::GetAttr => self.fuse.reply(unique, 0, &fuse::attr_reply(size)),

@@ -68,6 +68,19 @@ impl Endpoint {
         &self.0
     }
 
+    /// Removes the socket of a process that still has it open and will never answer. Nothing there: nothing done.
+    ///
+    /// # Errors
+    /// If a file that is not a socket is there, or if the system fails.
+    pub fn take_away(&self) -> Result<(), EndpointError> {
+        let path = self.path();
+        match fs::symlink_metadata(path) {
+            Ok(meta) if !meta.file_type().is_socket() => Err(EndpointError::NotASocket(path.to_owned())),
+            Ok(_) => fs::remove_file(path).map_err(|source| EndpointError::Io { what: "removing", path: path.to_owned(), source }),
+            Err(_) => Ok(()),
+        }
+    }
+
     /// Listens, for tonic's `serve_with_incoming`. Only the own user may connect. A socket that a dead process left is replaced.
     ///
     /// Must be called within a tokio runtime.

@@ -176,7 +176,7 @@ mod tests {
     #[test]
     fn only_a_record_of_this_very_part_names_an_unfinished_mkfs() {
         let dir = tempfile::tempdir().unwrap();
-        let state = StateDir::open(dir.path()).unwrap();
+        let state = StateDir::open(dir.path(), false).unwrap();
         let half_written = state.formatting_dir().join(format!(".{UUID}.new"));
         state_dir::write_record(&half_written, &Formatting::of(&device("2048"))).unwrap();
         assert_eq!(unfinished(&state, &device("2048")), None, "a record that was not written to its end");

@@ -160,7 +160,7 @@ pub(super) mod tests {
 
     pub(super) fn disks(of: &[(&str, &str, u64)]) -> (tempfile::TempDir, Arc<Disks>) {
         let dir = tempfile::tempdir().unwrap();
-        let disks = Disks::new(Arc::new(StateDir::open(dir.path()).unwrap()), Vec::new());
+        let disks = Disks::new(Arc::new(StateDir::open(dir.path(), false).unwrap()), Vec::new());
         for (name, physical, capacity) in of {
             let identity = DiskIdentity { physical: (*physical).into(), ..DiskIdentity::default() };
             let disk = Disk {

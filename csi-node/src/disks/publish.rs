@@ -104,7 +104,7 @@ mod tests {
     async fn objects_come_change_and_go_with_what_is_found() {
         let dir = tempfile::tempdir().unwrap();
         let store = lockstep_store::Directory::open(dir.path().join("objects")).unwrap();
-        let disks = Disks::new(Arc::new(StateDir::open(dir.path()).unwrap()), Vec::new());
+        let disks = Disks::new(Arc::new(StateDir::open(dir.path(), false).unwrap()), Vec::new());
         let refuse = |message: &str| {
             let path = PathBuf::from("/dev/sdx");
             let refused = Refused { path: path.clone(), identity: Default::default(), message: message.into() };

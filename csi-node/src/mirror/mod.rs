@@ -11,6 +11,7 @@
 
 mod rebuild;
 pub(crate) mod report;
+mod resume;
 mod scrub;
 mod slow;
 
@@ -28,7 +29,6 @@ use lockstep_datapath::{
         status::Status,
         units::{BLOCK_SIZE, Epoch, Errno, LegId, Slot},
     },
-    remove_leftovers,
 };
 use lockstep_proto::objects::MirrorVolume;
 use lockstep_store::Store;
@@ -141,12 +141,17 @@ impl<S: Store> Node<S> {
                 warn!(%error, "take the annotation {FORCE_ANNOTATION} away by hand");
             }
         }
+        Ok(self.opened(object, uid, volume, found))
+    }
+
+    /// A mirror that is open from now on, with who looks after it.
+    pub(super) fn opened(self: &Arc<Self>, object: &MirrorVolume, uid: String, volume: Volume, found: Vec<LegDir>) -> Arc<OpenVolume> {
         let on_disk = object.status.iter().flat_map(|status| &status.legs);
         let mut disks: BTreeMap<LegId, String> =
             on_disk.filter_map(|leg| Some((LegId(legs::parse_id(&leg.leg_id)?), leg.disk.clone()))).collect();
         disks.extend(found.into_iter().map(|leg| (leg.leg, leg.disk)));
         let open = Arc::new(OpenVolume {
-            id,
+            id: names(object).0,
             uid: uid.clone(),
             volume,
             disks: Mutex::new(disks),
@@ -159,7 +164,7 @@ impl<S: Store> Node<S> {
         });
         self.open.lock().unwrap_or_else(PoisonError::into_inner).insert(uid, Arc::clone(&open));
         self.begin_to_look_after(&open);
-        Ok(open)
+        open
     }
 
     fn begin_to_look_after(self: &Arc<Self>, open: &Arc<OpenVolume>) {
@@ -197,10 +202,10 @@ impl<S: Store> Node<S> {
     }
 
     /// Removes the device of a mirror whose csi-node died.
-    pub(crate) async fn remove_dead_mirror(&self, uid: &str, device: PathBuf) -> Result<(), Error> {
-        let (run, uid) = (self.state.run(), uid.to_owned());
+    pub(crate) async fn remove_dead_mirror(self: &Arc<Self>, uid: &str, device: PathBuf) -> Result<(), Error> {
+        let (node, uid) = (Arc::clone(self), uid.to_owned());
         blocking(&uid.clone(), move || {
-            remove_leftovers(&run, &uid)?;
+            node.datapath.remove_leftovers(&node.state.run(), &uid)?;
             wait_until_released(&device);
             Ok(())
         })

@@ -92,6 +92,36 @@ pub const fn bad_blocks_offset(slot: u8) -> u64 {
     BAD_BLOCKS_AT + slot as u64 * 4096
 }
 
+/// What a page that is written at an offset of `meta` is, for a log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MetaPage {
+    /// Membership, checkpoint, pin.
+    Superblock,
+    /// The bad-block list.
+    BadBlocks,
+    /// A page of the bitmap.
+    Bitmap {
+        /// Which.
+        page: u64,
+        /// How many of its regions are dirty.
+        dirty: u32,
+    },
+}
+
+impl MetaPage {
+    /// Of the page with this content.
+    pub fn of(offset: u64, content: &Page) -> Self {
+        match offset {
+            ..BAD_BLOCKS_AT => Self::Superblock,
+            BAD_BLOCKS_AT..BITMAP_AT => Self::BadBlocks,
+            _ => {
+                let dirty = content[PAGE_HEADER..].iter().map(|byte| byte.count_ones()).sum();
+                Self::Bitmap { page: (offset - BITMAP_AT) / 8192, dirty }
+            }
+        }
+    }
+}
+
 /// What a superblock or witness page says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Superblock {

@@ -39,6 +39,9 @@ const ASYNC_READ: u32 = 1 << 0;
 const BIG_WRITES: u32 = 1 << 5;
 const ASYNC_DIO: u32 = 1 << 15;
 const MAX_PAGES: u32 = 1 << 22;
+const INIT_EXT: u32 = 1 << 30;
+/// In the second word of flags: the kernel can send again what was not answered.
+const HAS_RESEND: u32 = 1 << 7;
 const FOPEN_DIRECT_IO: u32 = 1 << 0;
 const FOPEN_NOFLUSH: u32 = 1 << 5;
 const FOPEN_PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
@@ -48,6 +51,7 @@ const FALLOC_KEEP_SIZE: u32 = 1;
 const FALLOC_PUNCH_HOLE: u32 = 2;
 const FALLOC_ZERO_RANGE: u32 = 0x10;
 const NOTIFY_INVAL_INODE: i32 = 2;
+const NOTIFY_RESEND: i32 = 7;
 
 #[derive(FromBytes, Immutable, KnownLayout, Clone, Copy)]
 #[repr(C)]
@@ -177,6 +181,7 @@ pub(crate) enum Operation {
         minor: u32,
         readahead: u32,
         flags: u32,
+        flags2: u32,
     },
     GetAttr,
     Open,
@@ -219,7 +224,14 @@ pub(crate) fn decode(bytes: &[u8]) -> Option<Request> {
     }
     let word = |n: usize| Some(u32::from_ne_bytes(body.get(n * 4..n * 4 + 4)?.try_into().ok()?));
     let operation = match header.opcode {
-        opcode::INIT => Operation::Init { major: word(0)?, minor: word(1)?, readahead: word(2)?, flags: word(3)? },
+        opcode::INIT => Operation::Init {
+            major: word(0)?,
+            minor: word(1)?,
+            readahead: word(2)?,
+            flags: word(3)?,
+            // Older kernels send less.
+            flags2: word(4).unwrap_or(0),
+        },
         // A size is never changed through the file; the rest of its attributes means nothing.
         opcode::GETATTR | opcode::SETATTR => Operation::GetAttr,
         opcode::OPEN => Operation::Open,
@@ -258,11 +270,11 @@ pub(crate) fn reply_header(unique: u64, error: i32, payload: usize) -> [u8; REPL
 }
 
 /// The body of the answer to INIT.
-pub(crate) fn init_reply(minor: u32, readahead: u32, offered: u32) -> Vec<u8> {
-    let flags = (ASYNC_READ | BIG_WRITES | ASYNC_DIO | MAX_PAGES) & offered;
+pub(crate) fn init_reply(minor: u32, readahead: u32, offered: u32, offered2: u32) -> Vec<u8> {
+    let flags = (ASYNC_READ | BIG_WRITES | ASYNC_DIO | MAX_PAGES | INIT_EXT) & offered;
     let out = InitOut {
         major: 7,
-        minor: minor.min(31),
+        minor: minor.min(40),
         max_readahead: readahead,
         flags,
         max_background: MAX_BACKGROUND,
@@ -271,7 +283,7 @@ pub(crate) fn init_reply(minor: u32, readahead: u32, offered: u32) -> Vec<u8> {
         time_gran: 1,
         max_pages: (MAX_WRITE / 4096) as u16,
         map_alignment: 0,
-        flags2: 0,
+        flags2: if flags & INIT_EXT != 0 { HAS_RESEND & offered2 } else { 0 },
         unused: [0; 7],
     };
     out.as_bytes().to_vec()
@@ -320,6 +332,11 @@ pub(crate) fn write_reply(size: u32) -> [u8; 8] {
 pub(crate) fn invalidate_attributes() -> Vec<u8> {
     let header = OutHeader { len: 40, error: NOTIFY_INVAL_INODE, unique: 0 };
     InvalOut { header, ino: ROOT, offset: -1, len: 0 }.as_bytes().to_vec()
+}
+
+/// Has the kernel send again what it sent and nobody answered. Those come with bit 63 of `unique` set, which their replies keep.
+pub(crate) fn resend() -> [u8; REPLY_HEAD] {
+    zerocopy::transmute!(OutHeader { len: 16, error: NOTIFY_RESEND, unique: 0 })
 }
 
 #[cfg(test)]

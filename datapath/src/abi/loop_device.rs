@@ -113,23 +113,35 @@ fn name_of(file: &File) -> Option<String> {
     String::from_utf8(info.file_name[..len].to_vec()).ok()
 }
 
-/// Every loop device that is over `backing` or carries this name: what an earlier process left behind. Over a FUSE file whose server is dead
-/// a device cannot be asked for its name, only for the path of its backing file; and for that only as long as it is mounted.
-pub(crate) fn find(name: &str, backing: &Path) -> io::Result<Vec<LoopDevice>> {
+/// Every loop device that is attached, and the path of its backing file.
+fn attached() -> io::Result<Vec<(LoopDevice, Option<PathBuf>)>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/sys/block")? {
         let entry = entry?;
         if !entry.file_name().to_string_lossy().starts_with("loop") || !entry.path().join("loop").exists() {
             continue;
         }
-        let path = Path::new("/dev").join(entry.file_name());
-        let over = std::fs::read_to_string(entry.path().join("loop/backing_file"));
-        let ours = over.is_ok_and(|over| Path::new(over.trim_end_matches('\n')) == backing);
-        if ours || open(&path).is_ok_and(|file| name_of(&file).as_deref() == Some(name)) {
-            found.push(LoopDevice { path });
-        }
+        let over = std::fs::read_to_string(entry.path().join("loop/backing_file")).ok();
+        let device = LoopDevice { path: Path::new("/dev").join(entry.file_name()) };
+        found.push((device, over.map(|over| PathBuf::from(over.trim_end_matches('\n')))));
     }
     Ok(found)
+}
+
+/// Every loop device that is over `backing`. None is opened.
+pub(crate) fn over(backing: &Path) -> io::Result<Vec<LoopDevice>> {
+    let over = |(device, path): (LoopDevice, Option<PathBuf>)| (path.as_deref() == Some(backing)).then_some(device);
+    Ok(attached()?.into_iter().filter_map(over).collect())
+}
+
+/// Every loop device that is over `backing` or carries this name: what an earlier process left behind. Over a FUSE file whose server is dead
+/// a device cannot be asked for its name, only for the path of its backing file; and for that only as long as it is mounted.
+pub(crate) fn find(name: &str, backing: &Path) -> io::Result<Vec<LoopDevice>> {
+    let ours = |(device, path): (LoopDevice, Option<PathBuf>)| {
+        let named = || open(&device.path).is_ok_and(|file| name_of(&file).as_deref() == Some(name));
+        (path.as_deref() == Some(backing) || named()).then_some(device)
+    };
+    Ok(attached()?.into_iter().filter_map(ours).collect())
 }
 
 impl LoopDevice {

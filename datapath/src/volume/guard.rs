@@ -75,6 +75,7 @@ mod tests {
 
     use crate::{
         abi::fuse::{self, IN_HEADER},
+        fence::{Before, FENCE_DEADLINE},
         leg::{OpenLeg, create_leg},
         thread::Thread,
         volume::{Command, Start},
@@ -120,7 +121,7 @@ mod tests {
             let dir = dir.join(leg.to_string());
             fs::create_dir(&dir).unwrap();
             create_leg(&dir, BLOCKS * 4096, &format::new_leg(volume, legs, leg, BLOCKS)).unwrap();
-            OpenLeg::open(&dir).unwrap()
+            OpenLeg::open(&dir, FENCE_DEADLINE, Before::Ended).unwrap()
         });
         let witness = dir.join(format!("witness{id}"));
         let content = format::new_witness(volume, legs, BLOCKS);

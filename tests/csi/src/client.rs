@@ -25,9 +25,13 @@ pub struct Client {
 }
 
 /// Connects when it is used, and again when the server was restarted.
+const SILENCE: std::time::Duration = std::time::Duration::from_secs(2);
+
 fn connect(socket: &Path) -> Channel {
     let socket = socket.to_owned();
-    Endpoint::from_static("http://localhost").connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
+    // A killed process that cannot end accepts connections and is silent.
+    let endpoint = Endpoint::from_static("http://localhost").http2_keep_alive_interval(SILENCE).keep_alive_timeout(SILENCE);
+    endpoint.connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
         let socket = socket.clone();
         async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
     }))

@@ -26,6 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Driver {
     node: Option<Child>,
     controller: Option<Child>,
+    holder: Option<Child>,
     /// Calls them.
     pub client: Client,
     /// Their objects.
@@ -72,13 +73,32 @@ impl Driver {
         let client = Client::new(&dir.join("node.sock"), &dir.join("controller.sock"));
         let store = Directory::open(dir.join("objects")).expect("a directory of objects");
         let programs = std::env::var_os("PATH").unwrap_or_default();
-        let mut driver = Self { node: None, controller: None, client, store, dir, programs };
+        let mut driver = Self { node: None, controller: None, holder: None, client, store, dir, programs };
         driver.start_node().await;
         driver.start_controller().await;
         // Ready is who answers; what the disks are is said a moment later.
         let said = async || driver.disks().await.iter().filter(|disk| disk.status.is_some()).count();
         until("a word about each disk", || async { (said().await >= lab.disks()).then_some(()) }).await;
         driver
+    }
+
+    /// Starts a FUSE holder, and csi-node anew with it.
+    pub async fn use_holder(&mut self) {
+        self.start_holder();
+        self.terminate_node();
+        self.start_node().await;
+    }
+
+    /// Starts a FUSE holder: csi-node uses it from its next start on.
+    pub fn start_holder(&mut self) {
+        let args = ["--socket", &self.at("holder.sock")];
+        self.holder = Some(start("fuse-holder", &self.dir.join("holder.log"), &self.programs, &args));
+    }
+
+    /// SIGKILL for the holder, and its end.
+    pub fn kill_holder(&mut self) {
+        let mut holder = self.holder.take().expect("the holder runs");
+        holder.kill().and_then(|()| holder.wait()).expect("it is alive");
     }
 
     fn at(&self, name: &str) -> String {
@@ -96,7 +116,12 @@ impl Driver {
     pub async fn start_node(&mut self) {
         let (endpoint, config, state, objects) =
             (format!("unix://{}", self.at("node.sock")), self.at("node.yaml"), self.at("state"), self.at("objects"));
-        let args = ["--endpoint", &endpoint, "--node-name", NODE, "--config", &config, "--state-dir", &state, "--objects", &objects];
+        let mut args =
+            vec!["--endpoint", &endpoint, "--node-name", NODE, "--config", &config, "--state-dir", &state, "--objects", &objects];
+        let holder = self.at("holder.sock");
+        if self.holder.is_some() {
+            args.extend(["--fuse-holder", &holder]);
+        }
         self.node = Some(start("csi-node", &self.node_log(), &self.programs, &args));
         let client = &self.client;
         until("a node that is ready", || async { client.node_ready().await.then_some(()) }).await;
@@ -136,6 +161,15 @@ impl Driver {
         }
     }
 
+    /// SIGKILL for a csi-node that cannot end, because a disk hangs. Its remains.
+    pub fn kill_hung_node(&mut self) -> Child {
+        let mut node = self.node.take().expect("csi-node runs");
+        node.kill().expect("it is alive");
+        // The dead one has the other end of this client's connection, and will never close it.
+        self.client = Client::new(&self.dir.join("node.sock"), &self.dir.join("controller.sock"));
+        node
+    }
+
     /// SIGTERM for csi-node, and its end by itself.
     pub fn terminate_node(&mut self) {
         let node = self.node.take().expect("csi-node runs");
@@ -150,6 +184,9 @@ impl Driver {
             lockstep_native::run("kill", &[&child.id().to_string()]);
             let status = child.wait_with_output().expect("it was started").status;
             assert!(status.success(), "it ended with {status}");
+        }
+        if self.holder.is_some() {
+            self.kill_holder();
         }
     }
 

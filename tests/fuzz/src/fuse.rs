@@ -34,7 +34,7 @@ fn read(bytes: &[u8]) {
             assert_eq!(bytes.len(), WRITE_HEAD + size as usize);
             0
         }
-        Operation::Init { minor, readahead, flags, .. } => init_reply(minor, readahead, flags).len(),
+        Operation::Init { minor, readahead, flags, flags2, .. } => init_reply(minor, readahead, flags, flags2).len(),
         Operation::GetAttr => attr_reply(u64::MAX).len(),
         Operation::Open => open_reply().len(),
         Operation::Statfs => statfs_reply(u64::MAX).len(),
@@ -55,8 +55,8 @@ fn read(bytes: &[u8]) {
 fn encode(Request { unique, operation }: Request) -> Vec<u8> {
     let io = |offset: u64, size: u32| [&[0; 8], &offset.to_ne_bytes()[..], &size.to_ne_bytes(), &[0; 20]].concat();
     let (opcode, body) = match operation {
-        Operation::Init { major, minor, readahead, flags } => {
-            (opcode::INIT, [major, minor, readahead, flags].into_iter().flat_map(u32::to_ne_bytes).collect())
+        Operation::Init { major, minor, readahead, flags, flags2 } => {
+            (opcode::INIT, [major, minor, readahead, flags, flags2].into_iter().flat_map(u32::to_ne_bytes).collect())
         }
         Operation::GetAttr => (opcode::GETATTR, Vec::new()),
         Operation::Open => (opcode::OPEN, Vec::new()),

@@ -335,7 +335,7 @@ impl Soak {
         let spec = new_volume(dir.path(), &places, 1, MIB);
         let mut settings = Settings { threads: 1, ring_entries, ..Settings::default() };
         settings.limits.leg_deadline_millis = DEADLINE.as_millis() as u64;
-        let datapath = Datapath::start_with(settings).expect("a datapath");
+        let datapath = Datapath::start_with(settings, None).expect("a datapath");
         let usual = if kind == Disks::Files { USUAL } else { Faults { jitter_micros: USUAL.jitter_micros, ..Faults::default() } };
         Self { disks, places, usual, spec, datapath, random: fastrand::Rng::with_seed(seed), next_leg: 3, threads, dir }
     }

@@ -71,7 +71,7 @@ fn overlapping_writers_leave_two_identical_copies_that_a_foreign_program_can_mou
     let spec = rig.new_volume(1, MIB);
     let legs = spec.legs.clone();
     runtime().block_on(async {
-        let datapath = Datapath::start(1).unwrap();
+        let datapath = Datapath::start(1, None).unwrap();
         let volume = datapath.open(spec.clone()).await.unwrap();
         wait(&volume, "healthy", healthy).await;
         let device = volume.device().to_owned();
@@ -108,7 +108,7 @@ fn a_disk_that_fails_under_load_is_not_noticed_above_and_a_third_disk_is_filled(
     let spec = rig.new_volume(2, MIB);
     let legs = spec.legs.clone();
     runtime().block_on(async {
-        let datapath = Datapath::start(1).unwrap();
+        let datapath = Datapath::start(1, None).unwrap();
         let volume = datapath.open(spec.clone()).await.unwrap();
         wait(&volume, "healthy", healthy).await;
         // A leg that counts is not replaced by a mistake.
@@ -151,7 +151,7 @@ fn killed_under_load_again_and_again_the_copies_are_equal_after_the_next_assembl
         // The device is dead: whatever the load gets now is an error, and it ends.
         load.wait().expect("fio was started");
         runtime().block_on(async {
-            let datapath = Datapath::start(1).unwrap();
+            let datapath = Datapath::start(1, None).unwrap();
             let volume = datapath.open(spec.clone()).await.unwrap();
             let status = wait(&volume, "healthy", healthy).await;
             assert!(status.copied_blocks > 0, "nothing was dirty: {status:?}");
@@ -168,7 +168,7 @@ fn a_volume_that_was_not_closed_resyncs_its_dirty_regions_only_and_keeps_its_fil
     let spec = rig.new_volume(3, MIB);
     let legs = spec.legs.clone();
     runtime().block_on(async {
-        let datapath = Datapath::start(2).unwrap();
+        let datapath = Datapath::start(2, None).unwrap();
         let volume = datapath.open(spec.clone()).await.unwrap();
         let device = volume.device().to_owned();
         run("mkfs.xfs", &["-q", "-K", device.to_str().unwrap()]);
@@ -194,7 +194,7 @@ fn a_leg_that_was_away_gets_only_what_it_missed() {
     let spec = rig.new_volume(4, MIB);
     let legs = spec.legs.clone();
     runtime().block_on(async {
-        let datapath = Datapath::start(1).unwrap();
+        let datapath = Datapath::start(1, None).unwrap();
         let volume = datapath.open(spec.clone()).await.unwrap();
         let device = volume.device().to_str().unwrap().to_owned();
         run("fio", &["--name=fill", &format!("--filename={device}"), "--rw=write", "--bs=1M", "--direct=1", "--output=/dev/null"]);
@@ -218,7 +218,7 @@ fn a_volume_grows_while_it_is_mounted() {
     let spec = rig.new_volume(5, MIB);
     let legs = spec.legs.clone();
     runtime().block_on(async {
-        let datapath = Datapath::start(1).unwrap();
+        let datapath = Datapath::start(1, None).unwrap();
         let volume = datapath.open(spec.clone()).await.unwrap();
         let device = volume.device().to_str().unwrap().to_owned();
         run("mkfs.xfs", &["-q", "-K", &device]);
@@ -245,7 +245,7 @@ fn case_08_a_program_that_changes_its_buffer_in_flight_leaves_two_equal_copies()
     let spec = rig.new_volume(1, MIB);
     let legs = spec.legs.clone();
     runtime().block_on(async {
-        let datapath = Datapath::start(1).unwrap();
+        let datapath = Datapath::start(1, None).unwrap();
         let volume = datapath.open(spec).await.unwrap();
         wait(&volume, "healthy", healthy).await;
         let device = volume.device().to_owned();
@@ -269,7 +269,7 @@ fn a_free_loop_device_that_somebody_has_for_a_moment_is_waited_for() {
         drop(held);
     });
     runtime().block_on(async {
-        let datapath = Datapath::start(1).unwrap();
+        let datapath = Datapath::start(1, None).unwrap();
         datapath.open(spec).await.unwrap().close().await.unwrap();
     });
     holder.join().unwrap();

@@ -101,7 +101,7 @@ fn a_write_that_the_kernel_cuts_short_is_finished() {
     let short = || seen::counts().get("short write").copied().unwrap_or_default();
     let before = short();
     runtime().block_on(async {
-        let datapath = Datapath::start(1).unwrap();
+        let datapath = Datapath::start(1, None).unwrap();
         let volume = datapath.open(spec).await.unwrap();
         let device = volume.device().to_owned();
         let rounds = tokio::task::spawn_blocking(move || {

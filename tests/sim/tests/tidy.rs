@@ -8,9 +8,10 @@ use std::{
 };
 
 /// Who may depend on whom, of ours. What is not named here is a test, which may know everybody and whom nobody may know.
-const ARROWS: [(&str, &[&str]); 6] = [
+const ARROWS: [(&str, &[&str]); 7] = [
     ("lockstep-core", &[]),
-    ("lockstep-datapath", &["lockstep-core"]),
+    ("lockstep-datapath", &["lockstep-core", "lockstep-fuse-holder"]),
+    ("lockstep-fuse-holder", &[]),
     ("lockstep-proto", &[]),
     ("lockstep-store", &["lockstep-proto"]),
     ("lockstep-csi-controller", &["lockstep-proto", "lockstep-store"]),

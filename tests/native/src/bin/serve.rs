@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     tracing_subscriber::fmt().with_env_filter("warn").with_writer(std::io::stderr).init();
     let specs = specs(std::env::args().skip(1))?;
     tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?.block_on(async {
-        let datapath = Datapath::start(1)?;
+        let datapath = Datapath::start(1, None)?;
         let mut volumes = Vec::new();
         for spec in specs {
             let volume = datapath.open(spec).await?;

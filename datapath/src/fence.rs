@@ -1,0 +1,103 @@
+//! The fence: a new process does not touch a leg before the I/O of those before it is over (mirror rule 25).
+
+use std::{
+    fs::File,
+    io,
+    path::Path,
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use lockstep_core::units::BLOCK_SIZE;
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
+use tracing::warn;
+
+use crate::{
+    error::{Context, Error},
+    handle::LegPath,
+    leg::OpenLeg,
+};
+
+/// How long an earlier process's I/O on a leg is waited for.
+pub(crate) const FENCE_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a process that was killed may take to end before its locks are taken for those of one that cannot.
+const DYING_GRACE: Duration = Duration::from_secs(2);
+/// Whose I/O on a leg may be under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Before {
+    /// Nobody's, or a process's that ends as soon as its I/O is over.
+    Ended,
+    /// A process's that was killed and cannot end: its locks stay, but no code of it runs.
+    Dying,
+}
+
+/// Locks a file for as long as it is open, and waits for the I/O on it that the lock does not cover. In-flight I/O of a dead process keeps its open
+/// file and with it the lock: who gets the lock has seen the last stale write. So every file that is written is written through the description that
+/// holds its lock.
+///
+/// A dying process keeps the locks of its sound legs too, and its successor does without them: the file is drained, for nothing new comes from that
+/// process. What that successor has under way when it ends itself is seen by no lock; hence the file is always drained. On a hung disk that hangs.
+pub(crate) fn fence(file: &File, path: &Path, deadline: Instant, before: Before) -> Result<(), Error> {
+    let drain_at = Instant::now() + DYING_GRACE;
+    while let Err(error) = flock(file, FlockOperation::NonBlockingLockExclusive) {
+        if error != rustix::io::Errno::WOULDBLOCK {
+            return Err(error).context(|| format!("locking {}", path.display()));
+        }
+        if before == Before::Dying && Instant::now() >= drain_at {
+            warn!(path = %path.display(), "a csi-node that was killed does not end and keeps this file's lock: its I/O on it is waited for instead");
+            break;
+        }
+        if Instant::now() >= deadline {
+            return Err(Error::LegBusy { path: path.to_owned() });
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    drain(file).context(|| format!("waiting for I/O on {}", path.display()))
+}
+
+/// Waits for all direct I/O on the file, and for whatever else changes it: XFS does so before it looks at a file's space.
+pub(crate) fn drain(file: &File) -> io::Result<()> {
+    match fallocate(file, FallocateFlags::KEEP_SIZE, 0, BLOCK_SIZE) {
+        // XFS wants room also where the file has its blocks already; by then it has waited.
+        Err(rustix::io::Errno::NOSPC) => Ok(()),
+        drained => Ok(drained?),
+    }
+}
+
+/// Opens every leg that there is. One whose last I/O is not over is waited for: without it the leg would be taken out for nothing.
+pub(crate) fn open_legs(legs: &[LegPath]) -> Result<Vec<OpenLeg>, Error> {
+    let mut found = Vec::new();
+    for path in legs {
+        match OpenLeg::open(&path.dir, FENCE_DEADLINE, Before::Ended) {
+            Ok(leg) => found.push(leg),
+            Err(error @ Error::LegBusy { .. }) => return Err(error),
+            Err(error) => warn!(%error, "a leg is left out"),
+        }
+    }
+    Ok(found)
+}
+
+/// Opens every leg that can be opened in this time, each apart from the others: a hung disk keeps nobody waiting for longer.
+pub(crate) fn open_legs_by(legs: &[LegPath], limit: Duration, before: Before) -> Vec<OpenLeg> {
+    let (sender, opened) = mpsc::channel();
+    for path in legs {
+        let (sender, dir) = (sender.clone(), path.dir.clone());
+        // Nobody is there any more who would wait for it: it is closed again.
+        thread::spawn(move || drop(sender.send(OpenLeg::open(&dir, limit, before))));
+    }
+    drop(sender);
+    let deadline = Instant::now() + limit;
+    let mut found = Vec::new();
+    loop {
+        match opened.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(Ok(leg)) => found.push(leg),
+            Ok(Err(error)) => warn!(%error, "a leg is left out"),
+            Err(RecvTimeoutError::Disconnected) => return found,
+            Err(RecvTimeoutError::Timeout) => {
+                warn!(seconds = limit.as_secs(), "a leg that does not answer is left out");
+                return found;
+            }
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! csi-node dies, and nobody who uses a volume notices.
+#![allow(missing_docs)]
+
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+use lockstep_csi_tests::{
+    client::Place,
+    driver::{Driver, until},
+    lab::{Lab, identical, text},
+    load,
+};
+
+const MIB: u64 = 1 << 20;
+
+async fn volume(lab: &Lab, driver: &Driver, name: &str, bytes: u64, fs_type: Option<&'static str>) -> Place {
+    let volume = driver.client.create(name, bytes, fs_type).await.unwrap();
+    Place { id: volume.volume_id, staging: lab.path(&format!("staging-{name}")), target: lab.path(&format!("target-{name}")), fs_type }
+}
+
+async fn copies_are_equal(driver: &Driver, place: &Place) {
+    place.down(&driver.client).await.unwrap();
+    let copies = driver.copies(&place.id).await;
+    assert!(identical(&copies[0], &copies[1]), "the copies differ");
+}
+
+/// How long a write takes that comes after the kill: the users' stall.
+fn first_write(place: &Place, block: u64) -> Duration {
+    use std::os::unix::fs::{FileExt, OpenOptionsExt};
+    let file = fs::OpenOptions::new().write(true).custom_flags(libc::O_DIRECT | libc::O_DSYNC).open(&place.target).unwrap();
+    let memory = vec![7u8; 8192];
+    let skip = memory.as_ptr().align_offset(4096);
+    let start = Instant::now();
+    file.write_all_at(&memory[skip..skip + 4096], block * 4096).unwrap();
+    start.elapsed()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn csi_node_is_killed_again_and_again_under_load_and_nobody_notices() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    driver.use_holder().await;
+    let files = volume(&lab, &driver, "files", 512 * MIB, Some("ext4")).await;
+    let block = volume(&lab, &driver, "block", 256 * MIB, None).await;
+    for place in [&files, &block] {
+        place.up(&driver.client).await.unwrap();
+    }
+    let mut loads = [load::on_files(&files.target, 20), load::on_device(&block.target, 20)];
+    for round in 0..6u64 {
+        tokio::time::sleep(Duration::from_millis(700 + 300 * round)).await;
+        assert!(loads.iter_mut().all(load::Load::runs), "a load ended early");
+        driver.kill_node();
+        driver.start_node().await;
+        println!("round {round}: first write after {:?}", first_write(&block, 60000));
+    }
+    for load in loads {
+        assert!(load.succeeded(), "the load saw an error, or read what it did not write");
+    }
+    for place in [&files, &block] {
+        copies_are_equal(&driver, place).await;
+    }
+    driver.stop();
+}
+
+/// Case 50 of the mirror's rules: the process is killed while a disk hangs, so that it cannot end. The other disk serves by the deadline.
+#[tokio::test(flavor = "multi_thread")]
+async fn csi_node_is_killed_while_a_disk_hangs_and_the_other_disk_serves() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    driver.use_holder().await;
+    let place = volume(&lab, &driver, "hung", 256 * MIB, None).await;
+    place.up(&driver.client).await.unwrap();
+    first_write(&place, 0);
+    let load = load::on_device(&place.target, 40);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let hung = lab.mount_of(0).unwrap();
+    lockstep_native::run("fsfreeze", &["--freeze", text(&hung)]);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let mut remains = driver.kill_hung_node();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(remains.try_wait().unwrap().is_none(), "it ended: nothing of it hangs, and this shows nothing");
+    let start = Instant::now();
+    driver.start_node().await;
+    first_write(&place, 1);
+    println!("served after {:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(45), "not by the deadline of 30 s");
+    assert!(remains.try_wait().unwrap().is_none(), "it ended by itself");
+    lockstep_native::run("fsfreeze", &["--unfreeze", text(&hung)]);
+    remains.wait().unwrap();
+    assert!(load.succeeded(), "the load saw an error, or read what it did not write");
+    until("both copies", || async {
+        let status = driver.volume(&place.id).await.status.unwrap();
+        status.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.reason == "Healthy").then_some(())
+    })
+    .await;
+    copies_are_equal(&driver, &place).await;
+    driver.stop();
+}
