@@ -75,6 +75,9 @@ struct Args {
 }
 
 fn main() -> anyhow::Result<()> {
+    // A dump of core waits for every thread, and one that unmounts a volume waits for this very process: it would never end. Nor is what volumes hold
+    // for a dump.
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
     let Args { endpoint, node_name, config, state_dir, objects, fuse_holder, datapath_threads } = Args::parse();
     logging::init()?;
     anyhow::ensure!(
