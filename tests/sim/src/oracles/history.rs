@@ -43,12 +43,14 @@ struct Block {
     flushed: u64,
     /// What a read that is submitted now may return at the oldest.
     floor: u64,
+    /// At this moment, what was answered went back to this version (mirror rule 32).
+    back: Option<(u64, u64)>,
 }
 
 impl Block {
     fn new() -> Self {
         let first = Version { id: 0, value: 0, state: State::Answered, never: false };
-        Self { versions: vec![first], answered: 0, flushed: 0, floor: 0 }
+        Self { versions: vec![first], answered: 0, flushed: 0, floor: 0, back: None }
     }
 }
 
@@ -135,6 +137,8 @@ impl History {
     pub fn read(&mut self, range: BlockRange, floor: &Floor, values: &[u64]) -> Result<(), String> {
         for (i, block) in (range.start..range.end).enumerate() {
             let (strict, lenient) = floor.blocks[i];
+            let back = self.blocks.get(&block).and_then(|block| block.back).filter(|(moment, _)| *moment > floor.moment);
+            let lenient = back.map_or(lenient, |(_, version)| lenient.min(version));
             let least = if self.exceptions == floor.exceptions { strict } else { lenient };
             let value = values.get(i).copied().unwrap_or(u64::MAX);
             let Some(state) = self.blocks.get_mut(&block) else {
@@ -209,6 +213,7 @@ impl History {
             let Some(block) = self.blocks.get_mut(block).filter(|block| block.answered == *id) else { continue };
             let (older, newer): (Vec<_>, Vec<_>) = block.versions.iter_mut().partition(|version| version.id < *id);
             block.answered = older.iter().filter(|version| version.state == State::Answered).map(|version| version.id).max().unwrap_or(0);
+            block.back = Some((self.moment, block.answered.max(block.flushed)));
             newer
                 .into_iter()
                 .filter(|version| version.state == State::Answered)

@@ -289,6 +289,8 @@ impl Machine {
             self.breaks("reads are linearizable", format!("{} blocks were published, {} are left", self.blocks, self.status.blocks));
         }
         self.blocks = self.status.blocks;
+        // The notice of what came to be listed may have died with the process.
+        self.lost.extend(self.listed());
         if self.may_differ && Slot::BOTH.into_iter().any(|slot| self.status.legs[slot.index()].state != LegState::In) {
             self.lose_pinned();
         }

@@ -131,6 +131,8 @@ pub(super) struct Machine {
     pub copies_may_wait: bool,
     /// How often a copy could not read a block, since one could.
     pub unreadable: BTreeMap<u64, u8>,
+    /// Requests with a lower tag came when not both legs counted: no cap held them back (mirror rule 17).
+    pub capped_since: u64,
     /// Blocks that the mirror gave up, and that were not overwritten.
     pub lost: BTreeSet<u64>,
     /// Host faults and short counts so far, of what may be one operation and its reissues.
@@ -178,6 +180,7 @@ impl Machine {
             stopped: false,
             copies_may_wait: false,
             unreadable: BTreeMap::new(),
+            capped_since: 0,
             lost: BTreeSet::new(),
             in_a_row: BTreeMap::new(),
             coverage: Coverage::default(),
@@ -347,6 +350,9 @@ impl Machine {
         if both(&before) && !both(&status) && self.may_differ {
             self.tell(|| "  (the exception of rule 21)".into());
             self.lose_pinned();
+        }
+        if !both(&status) || self.counted().len() < 2 {
+            self.capped_since = self.next_tag;
         }
         if !both(&status) {
             self.history.leg_missed();

@@ -191,7 +191,9 @@ impl Machine {
         let before = disks.chain(pages).flatten().collect();
         // One request of two regions may exceed a cap of one; a scrub's repair exceeds any by one.
         let scrubs = u64::from(self.status.scrub.state == ScrubState::Running);
-        bounds::capped(&before, &dirty_in(page), self.profile.cap.max(2) + scrubs)
+        let earlier = self.asked.iter().filter(|(tag, asked)| tag.0 < self.capped_since && matches!(asked, Asked::Write { .. }));
+        let uncapped = 2 * earlier.count() as u64;
+        bounds::capped(&before, &dirty_in(page), self.profile.cap.max(2) + scrubs + uncapped)
     }
 
     fn check_in_flight(&mut self, here: Option<(usize, u64)>) {
