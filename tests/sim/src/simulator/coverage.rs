@@ -156,7 +156,7 @@ pub fn empty(state: State, kind: Kind, end: End) -> Option<Empty> {
             "rare: a scrub's search of a leg that was replaced ends late; the source is the only good copy, and the budget keeps it (rule 22)",
         ),
         (State::GivenUp, _, End::Gone | End::NoSpace | End::Lied) => {
-            Forbidden('k', "it gave up because the last leg failed: the budget lets no more disks fail (rule 15)")
+            Rare('k', "rare: the budget lets no more disks fail then; what was asked of a leg that was replaced ends late (rule 15)")
         }
         (State::Resync | State::Degraded | State::Rebuild | State::FullRebuild, Kind::Compare, _) => {
             Rare('t', "rare: a scrub waits for the end of a resync, and ends when a leg is lost (rule 30)")
