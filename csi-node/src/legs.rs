@@ -116,7 +116,15 @@ pub fn prepare(dir: &Path, volume: &MirrorVolume, uid: &str, leg: LegId, fs_uuid
         spec: volume.spec.clone(),
         fs_uuid,
     };
-    state_dir::write_record(&dir.join("volume.yaml"), &file)
+    state_dir::write_record(&volume_file(dir), &file)
+}
+
+fn volume_file(dir: &Path) -> PathBuf {
+    dir.join("volume.yaml")
+}
+
+fn read_volume_file(dir: &Path) -> Result<Option<VolumeFile>, StateError> {
+    state_dir::read_record(&volume_file(dir))
 }
 
 /// The UUID of the file system that was made on the volume, to its end. `None`: none was, as far as this leg knows. Blocks.
@@ -124,7 +132,7 @@ pub fn prepare(dir: &Path, volume: &MirrorVolume, uid: &str, leg: LegId, fs_uuid
 /// # Errors
 /// `StateError::Unreadable`.
 pub fn file_system(dir: &Path) -> Result<Option<String>, StateError> {
-    Ok(state_dir::read_record::<VolumeFile>(&dir.join("volume.yaml"))?.and_then(|file| file.fs_uuid))
+    Ok(read_volume_file(dir)?.and_then(|file| file.fs_uuid))
 }
 
 /// Says on the leg that this file system was made, if it does not say so yet. Blocks.
@@ -132,9 +140,8 @@ pub fn file_system(dir: &Path) -> Result<Option<String>, StateError> {
 /// # Errors
 /// `StateError::Unreadable`, also if there is no `volume.yaml`; `StateError::Io`.
 pub fn record_file_system(dir: &Path, fs_uuid: &str) -> Result<(), StateError> {
-    let path = dir.join("volume.yaml");
-    let file = state_dir::read_record::<VolumeFile>(&path)?;
-    let mut file = file.ok_or_else(|| StateError::Unreadable { path: path.clone(), reason: "it is not there".into() })?;
+    let path = volume_file(dir);
+    let mut file = read_volume_file(dir)?.ok_or_else(|| StateError::Unreadable { path: path.clone(), reason: "it is not there".into() })?;
     if file.fs_uuid.as_deref() == Some(fs_uuid) {
         return Ok(());
     }
@@ -147,8 +154,7 @@ pub fn record_file_system(dir: &Path, fs_uuid: &str) -> Result<(), StateError> {
 /// # Errors
 /// `StateError::Unreadable`.
 pub fn object(dir: &Path) -> Result<Option<MirrorVolume>, StateError> {
-    let file = state_dir::read_record::<VolumeFile>(&dir.join("volume.yaml"))?;
-    Ok(file.map(|file| MirrorVolume::new(&file.volume, file.spec)))
+    Ok(read_volume_file(dir)?.map(|file| MirrorVolume::new(&file.volume, file.spec)))
 }
 
 /// Removes a leg. `meta` goes first, so that half of a leg is never taken for a whole one. Not there: nothing done. Blocks. XFS gives back
@@ -200,7 +206,7 @@ mod tests {
         fs::write(dir.join("data"), "half").unwrap();
         prepare(&dir, &volume, "u", leg, None).unwrap();
         assert!(!dir.join("data").exists());
-        let file: VolumeFile = state_dir::read_record(&dir.join("volume.yaml")).unwrap().unwrap();
+        let file = read_volume_file(&dir).unwrap().unwrap();
         assert_eq!((file.uid.as_str(), file.leg_id), ("u", leg.to_string()));
         remove(&dir).unwrap();
         remove(&dir).unwrap();

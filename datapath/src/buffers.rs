@@ -45,6 +45,11 @@ pub(crate) enum Class {
 impl Class {
     pub(crate) const ALL: [Class; 4] = [Class::Small, Class::Large, Class::Copy, Class::Meta];
 
+    /// What a payload of so many bytes needs.
+    pub(crate) const fn of_payload(bytes: usize) -> Self {
+        if bytes <= Class::Small.bytes() { Class::Small } else { Class::Large }
+    }
+
     pub(crate) const fn bytes(self) -> usize {
         match self {
             Class::Small => 32 << 10,

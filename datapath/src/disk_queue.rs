@@ -8,7 +8,6 @@
 use std::{
     collections::BTreeMap,
     fs,
-    os::unix::fs::MetadataExt,
     path::Path,
     sync::{
         Arc, Mutex, PoisonError, Weak,
@@ -77,11 +76,6 @@ fn requests(own: &Path) -> Option<usize> {
     let below = fs::read_dir(whole.join("slaves")).into_iter().flatten().flatten();
     let below = below.filter_map(|slave| requests(&slave.path().canonicalize().ok()?)).min();
     below.or_else(|| fs::read_to_string(whole.join("queue/nr_requests")).ok()?.trim().parse().ok())
-}
-
-/// Of the file system that a file is on.
-pub(crate) fn device_of(file: &fs::File) -> std::io::Result<u64> {
-    Ok(file.metadata()?.dev())
 }
 
 #[cfg(test)]

@@ -154,7 +154,6 @@ impl Datapath {
         let kept = holder.clone();
         let opened = blocking(move || open(&spec, kept.as_deref(), limits)).await?;
         let mount = opened.mount.clone();
-        let (returning, legs) = (opened.returning.clone(), opened.legs.clone());
         let fuse = opened.start.fuse.try_clone().context(|| "copying a descriptor".into());
         let served = match self.serve(opened).await {
             Ok(served) => served,
@@ -182,7 +181,7 @@ impl Datapath {
             }
         });
         let attached = attached.await?;
-        Ok(served.volume(attached, legs, returning, witness, self.holder.clone()))
+        Ok(served.volume(attached, witness, self.holder.clone()))
     }
 
     /// Serves a volume's device on from where an earlier process ended: fences the legs, assembles the mirror, and has the kernel send again
@@ -210,9 +209,8 @@ impl Datapath {
             Ok(Some((assembled.opened(attached.0.clone(), fuse), attached)))
         });
         let Some((opened, attached)) = resumed.await? else { return Ok(None) };
-        let (returning, legs) = (opened.returning.clone(), opened.legs.clone());
         let served = self.serve(opened).await?;
-        Ok(Some(served.volume(attached, legs, returning, witness, self.holder.clone())))
+        Ok(Some(served.volume(attached, witness, self.holder.clone())))
     }
 
     /// The volumes that an earlier process served, by their ids; `resume` may take them up. Blocks.
@@ -248,9 +246,9 @@ impl Datapath {
     /// Hands an assembled mirror to the thread that has least to do.
     async fn serve(&self, opened: Opened) -> Result<Served, Error> {
         let thread = self.threads.iter().min_by_key(|thread| thread.volumes()).ok_or(Error::Gone)?;
-        let start = opened.start;
+        let Opened { start, commands, legs, returning, .. } = opened;
         let (status, notices) = (start.status.subscribe(), start.notices.clone());
-        let served = Served { name: start.name.clone(), commands: opened.commands, status, first: notices.subscribe(), notices };
+        let served = Served { name: start.name.clone(), commands, legs, returning, status, first: notices.subscribe(), notices };
         match thread.add(start).await {
             Ok(()) => Ok(served),
             Err(()) => Err(Error::Gone),
@@ -262,30 +260,25 @@ impl Datapath {
 struct Served {
     name: String,
     commands: mpsc::Sender<Command>,
+    legs: [Option<PathBuf>; 2],
+    returning: Vec<(LegPath, Slot, Fill)>,
     status: watch::Receiver<Status>,
     notices: broadcast::Sender<Notice>,
     first: broadcast::Receiver<Notice>,
 }
 
 impl Served {
-    fn volume(
-        self,
-        attached: (Mount, LoopDevice),
-        legs: [Option<PathBuf>; 2],
-        returning: Vec<(LegPath, Slot, Fill)>,
-        witness: PathBuf,
-        holder: Option<Arc<Holder>>,
-    ) -> Volume {
+    fn volume(self, attached: (Mount, LoopDevice), witness: PathBuf, holder: Option<Arc<Holder>>) -> Volume {
         Volume {
             name: self.name,
             device: attached.1.path().to_owned(),
             state: Mutex::new(Some(Arc::new(attached))),
-            legs: Mutex::new(legs),
+            legs: Mutex::new(self.legs),
             commands: self.commands,
             status: self.status,
             notices: self.notices,
             first: std::sync::Mutex::new(Some(self.first)),
-            returning,
+            returning: self.returning,
             witness,
             holder,
         }

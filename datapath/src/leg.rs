@@ -4,7 +4,10 @@ use std::{
     cell::Cell,
     fs::{File, OpenOptions},
     io::{self, Read, Write},
-    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{MetadataExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
     rc::Rc,
     sync::Arc,
@@ -27,7 +30,7 @@ use tracing::debug;
 use crate::{
     abi::xfs,
     buffers::{Class, Pool, Window},
-    disk_queue::{self, DiskQueue, Place},
+    disk_queue::{DiskQueue, Place},
     error::{Context, Error},
     fence::{Before, fence},
 };
@@ -136,8 +139,8 @@ impl OpenLeg {
         File::open(&meta_path)
             .and_then(|file| file.take(format::META_LEN).read_to_end(&mut meta))
             .context(|| format!("reading {}", meta_path.display()))?;
-        let len = data.metadata().context(|| format!("reading the size of {}", path.display()))?.len();
-        let queue = DiskQueue::of(disk_queue::device_of(&data).context(|| format!("looking for the disk of {}", path.display()))?);
+        let about = data.metadata().context(|| format!("reading the size and the disk of {}", path.display()))?;
+        let (len, queue) = (about.len(), DiskQueue::of(about.dev()));
         Ok(Self { dir: dir.to_owned(), meta, len, data, meta_file, queue })
     }
 

@@ -273,7 +273,7 @@ impl Volume {
             io::Buffer::Copy { index, .. } => self.copies.borrow()[usize::from(*index)].0.is_none().then_some((*buffer, Class::Copy)),
             io::Buffer::Request { tag, .. } => match self.entries.borrow().get(tag) {
                 Some(Entry { pending: Pending::Fuse { answer: Answer::Payload(len), .. }, payload: None, .. }) => {
-                    Some((*buffer, if *len <= Class::Small.bytes() { Class::Small } else { Class::Large }))
+                    Some((*buffer, Class::of_payload(*len)))
                 }
                 _ => None,
             },
@@ -543,8 +543,7 @@ impl Volume {
                     _ if len == 0 => self.fuse.reply(unique, 0, &[]),
                     None => self.fuse.reply(unique, libc::EINVAL, &[]),
                     Some(range) => {
-                        let class = if len as usize <= Class::Small.bytes() { Class::Small } else { Class::Large };
-                        let payload = self.pool.take_or_make(class);
+                        let payload = self.pool.take_or_make(Class::of_payload(len as usize));
                         self.submit(unique, Answer::Payload(len as usize), Some((Rc::new(payload), 0)), io::Request::Read(range));
                     }
                 }
@@ -555,7 +554,7 @@ impl Volume {
                     return Some(buffer);
                 };
                 let request = io::Request::Write { range, fua: false };
-                if len as usize <= Class::Small.bytes() {
+                if Class::of_payload(len as usize) == Class::Small {
                     let mut small = self.pool.take_or_make(Class::Small);
                     small.bytes_mut()[..len as usize].copy_from_slice(&buffer.bytes()[PAGE..PAGE + len as usize]);
                     self.submit(unique, Answer::Written(len), Some((Rc::new(small), 0)), request);

@@ -25,7 +25,7 @@ impl Volume {
                 Answer::Payload(bytes) => *bytes,
             };
             requests += 1;
-            large += usize::from(bytes > Class::Small.bytes());
+            large += usize::from(Class::of_payload(bytes) == Class::Large);
         }
         requests < SHARE && large < LARGE_SHARE
     }
