@@ -9,6 +9,7 @@
 //! A block's content is a token: the number of the write that put it there (0: zeroes). Overlapping writes take effect in the order of their
 //! submission (mirror rule 4), so tokens of one block rise.
 
+mod broken;
 mod disk;
 pub mod explore;
 mod memory;

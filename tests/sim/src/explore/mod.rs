@@ -47,41 +47,13 @@ mod search;
 mod shell;
 mod world;
 
-use std::{
-    fmt,
-    panic::{AssertUnwindSafe, catch_unwind},
-};
-
+pub use crate::broken::Broken;
 pub use client::Ask;
 pub use scenarios::{Begin, Family, Scenario};
 pub use search::{Counts, Explorer, Failure};
 pub use world::Event;
 
-/// An oracle that broke.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Broken {
-    /// Which.
-    pub oracle: &'static str,
-    /// What it saw.
-    pub text: String,
-}
-
-impl Broken {
-    fn new(oracle: &'static str, text: impl Into<String>) -> Self {
-        Self { oracle, text: text.into() }
-    }
-}
-
-impl fmt::Display for Broken {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.oracle, self.text)
-    }
-}
-
 /// A panic of the core breaks an oracle too.
 fn caught<T>(work: impl FnOnce() -> T) -> Result<T, Broken> {
-    catch_unwind(AssertUnwindSafe(work)).map_err(|panic| {
-        let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
-        Broken::new("nothing panics", text.unwrap_or_default())
-    })
+    crate::broken::caught("nothing panics", work)
 }

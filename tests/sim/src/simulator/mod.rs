@@ -35,13 +35,13 @@ mod rest;
 mod script;
 mod shell;
 
-use std::{
-    collections::BTreeMap,
-    panic::{AssertUnwindSafe, catch_unwind},
-};
+use std::collections::BTreeMap;
 
 use lockstep_core::units::VolumeId;
 
+use crate::broken::caught;
+
+pub use crate::broken::Broken;
 pub use coverage::{Coverage, Empty, End, Kind, State, empty};
 pub use script::{Action, Crash, Fault, Line, Profile, script};
 
@@ -70,20 +70,7 @@ pub const ORACLES: [(&str, &str); 13] = [
     ("bounds", "mirror rules 17, 27, 32"),
 ];
 
-/// An oracle that broke; or `panic`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Broken {
-    /// Which: one of `ORACLES`.
-    pub oracle: &'static str,
-    /// What it saw.
-    pub text: String,
-}
-
 impl Broken {
-    fn new(oracle: &'static str, text: impl Into<String>) -> Self {
-        Self { oracle, text: text.into() }
-    }
-
     /// The mirror rules that say so.
     pub fn rules(&self) -> &'static str {
         ORACLES.iter().find(|(oracle, _)| *oracle == self.oracle).map_or("?", |(_, rules)| rules)
@@ -107,14 +94,8 @@ pub fn run(seed: u64, lines: &[Line], watch: Watch) -> (Coverage, Option<Broken>
 
 fn play(seed: u64, lines: &[Line], watch: Watch, tell: bool) -> (Coverage, Option<Broken>, Vec<String>) {
     let mut machine = Machine::new(seed, Profile::of(seed), watch, tell);
-    let ended = catch_unwind(AssertUnwindSafe(|| machine.play(lines)));
-    let broken = match ended {
-        Ok(()) => machine.broken.take(),
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
-            Some(Broken::new("panic", text.unwrap_or_default()))
-        }
-    };
+    let ended = caught("panic", || machine.play(lines));
+    let broken = ended.map_or_else(Some, |()| machine.broken.take());
     (machine.coverage, broken, machine.told)
 }
 

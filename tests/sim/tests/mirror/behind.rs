@@ -194,17 +194,22 @@ fn case_42_after_a_kill_or_a_power_cut_with_writes_behind_the_fast_leg_decides()
     }
 }
 
+/// A world whose A was filled from B, so that the record pins B.
+fn pinned_to_b(seed: u64, missed: BlockRange) -> World {
+    let mut world = World::new(seed);
+    world.settle();
+    world.disks[0].dead = true;
+    world.write(missed);
+    world.settle();
+    world.bring_back(Slot::A);
+    world.settle();
+    world
+}
+
 #[test]
 fn case_42_the_fast_leg_is_pinned_durably_before_anything_is_answered_by_it_alone() {
     for steps in 0..80 {
-        let mut world = World::new(steps);
-        world.settle();
-        // A was filled from B, so that the record pins B.
-        world.disks[0].dead = true;
-        world.write(range(0, 8));
-        world.settle();
-        world.bring_back(Slot::A);
-        world.settle();
+        let mut world = pinned_to_b(steps, range(0, 8));
         assert!(world.healthy());
         world.command(MOSTLY_B);
         for _ in 0..steps {
@@ -228,13 +233,7 @@ fn case_42_the_fast_leg_is_pinned_durably_before_anything_is_answered_by_it_alon
 
 /// A world whose record pins B, the leg that will be said to be slow, and whose resync does not come to its end.
 fn pinned_to_the_slow_leg(seed: u64) -> World {
-    let mut world = World::new(seed);
-    world.settle();
-    world.disks[0].dead = true;
-    world.write(range(5000, 5008));
-    world.settle();
-    world.bring_back(Slot::A);
-    world.settle();
+    let mut world = pinned_to_b(seed, range(5000, 5008));
     world.write(range(0, 1));
     world.write(range(5000, 5001));
     run_dry(&mut world);
@@ -267,13 +266,7 @@ fn case_42_nothing_is_behind_while_the_record_pins_the_slow_leg() {
 #[test]
 fn case_42_nothing_is_behind_while_two_records_may_hold_that_pin_different_legs() {
     for seed in 0..8 {
-        let mut world = World::new(seed);
-        world.settle();
-        world.disks[0].dead = true;
-        world.write(range(0, 8));
-        world.settle();
-        world.bring_back(Slot::A);
-        world.settle();
+        let mut world = pinned_to_b(seed, range(0, 8));
         world.write(range(0, 1));
         run_dry(&mut world);
         // The legs say that A is pinned, the witness does not: nobody knows which of the two would hold.

@@ -451,20 +451,26 @@ fn rule_23_a_rebuild_that_is_resumed_copies_what_is_beyond_its_checkpoint_and_wh
     }
 }
 
+/// A world that was killed while a write over what was flushed had come to neither leg, to one, or to both.
+fn killed_between_two_landings(seed: u64) -> World {
+    let mut world = warm(seed);
+    world.write(range(0, 8));
+    run_dry(&mut world);
+    world.flush();
+    run_dry(&mut world);
+    world.write(range(0, 8));
+    for _ in 0..seed % 3 {
+        world.step();
+    }
+    world.kill([true, true]).expect("both are IN");
+    world
+}
+
 #[test]
 fn case_52_after_a_kill_between_two_landings_reads_never_go_back() {
     let mut differed = 0;
     for seed in 0..300 {
-        let mut world = warm(seed);
-        world.write(range(0, 8));
-        run_dry(&mut world);
-        world.flush();
-        run_dry(&mut world);
-        world.write(range(0, 8));
-        for _ in 0..seed % 3 {
-            world.step();
-        }
-        world.kill([true, true]).expect("both are IN");
+        let mut world = killed_between_two_landings(seed);
         differed += usize::from(world.disks[0].read(3) != world.disks[1].read(3));
         let mut newest = 0;
         for _ in 0..12 {
@@ -486,16 +492,7 @@ fn case_52_after_a_kill_between_two_landings_reads_never_go_back() {
 fn rule_21_when_the_source_of_a_resync_is_lost_reads_wait_for_what_it_has_sent() {
     let mut differed = 0;
     for seed in 0..60 {
-        let mut world = warm(seed);
-        world.write(range(0, 8));
-        run_dry(&mut world);
-        world.flush();
-        run_dry(&mut world);
-        world.write(range(0, 8));
-        for _ in 0..seed % 3 {
-            world.step();
-        }
-        world.kill([true, true]).expect("both are IN");
+        let mut world = killed_between_two_landings(seed);
         let copied =
             |op: &LegOp| matches!(op, LegOp::Write { buffer: Buffer::Copy { .. }, range, .. } if range.start <= 3 && 3 < range.end);
         let copy = loop {
