@@ -13,16 +13,16 @@ use lockstep_core::{
 };
 use lockstep_sim::{BLOCKS, Rng, World};
 
-use crate::{in_flight_on, range, run_dry};
+use crate::{in_flight_on, range, run_dry, superblock_on};
 
 /// A block in a region.
 fn block(region: u64) -> BlockRange {
     range(region * REGION_BLOCKS + 5, region * REGION_BLOCKS + 6)
 }
 
-/// A volume of so many regions, of which so many may be dirty.
+/// A volume of so many regions, of which so many may be dirty. A scrub never pauses.
 fn capped(seed: u64, regions: u64, cap: u64) -> World {
-    let mut world = World::with_limits(seed, Limits { dirty_regions: cap, ..Limits::default() });
+    let mut world = World::with_limits(seed, Limits { dirty_regions: cap, scrub_blocks_per_second: 0, ..Limits::default() });
     world.command(Request::Grow { blocks: (regions * REGION_BLOCKS).max(BLOCKS) });
     world.settle();
     assert_eq!(world.mirror.status().dirty_regions, 0);
@@ -84,6 +84,37 @@ fn rule_17_no_crash_leaves_more_dirty_regions_than_the_cap_and_every_write_ends(
     }
 }
 
+/// Where the writes beyond the first two regions begin, in the order in which they go to a leg, until these are answered.
+fn order_of_issue(world: &mut World, cap: u64, waiting: &[Tag]) -> Vec<u64> {
+    let mut seen = Vec::new();
+    while !waiting.iter().all(|tag| world.answers.contains_key(tag)) {
+        for (_, _, op) in world.in_flight() {
+            if let LegOp::Write { range, .. } = op
+                && range.start >= 2 * REGION_BLOCKS
+                && !seen.contains(&range.start)
+            {
+                seen.push(range.start);
+            }
+        }
+        assert!(step_within(world, cap));
+    }
+    seen
+}
+
+#[test]
+fn rule_17_who_needs_little_room_does_not_overtake_who_needs_more() {
+    for seed in 0..40 {
+        let mut world = capped(seed, 12, 3);
+        let first = [world.write(block(0)), world.write(block(1))];
+        answered(&mut world, &first);
+        run_dry(&mut world);
+        // There is room for one more region, and the first of them needs two.
+        let across = range(4 * REGION_BLOCKS - 1, 4 * REGION_BLOCKS + 1);
+        let waiting = [world.write(across), world.write(block(6)), world.write(block(5))];
+        assert_eq!(order_of_issue(&mut world, 3, &waiting), [across.start, block(6).start, block(5).start]);
+    }
+}
+
 #[test]
 fn rule_17_who_waits_for_room_is_admitted_in_order_of_arrival_whatever_others_write() {
     for seed in 0..40 {
@@ -93,18 +124,7 @@ fn rule_17_who_waits_for_room_is_admitted_in_order_of_arrival_whatever_others_wr
         let waiting: Vec<Tag> = (2..10).map(|region| world.write(block(region))).collect();
         // Others go on in the regions that are dirty already.
         world.write(block(rng.below(2)));
-        let mut seen = Vec::new();
-        while !waiting.iter().all(|tag| world.answers.contains_key(tag)) {
-            for (_, _, op) in world.in_flight() {
-                if let LegOp::Write { range, .. } = op
-                    && range.start >= 2 * REGION_BLOCKS
-                    && !seen.contains(&range.start)
-                {
-                    seen.push(range.start);
-                }
-            }
-            assert!(step_within(&mut world, 2));
-        }
+        let seen = order_of_issue(&mut world, 2, &waiting);
         assert_eq!(seen.len(), 8);
         assert!(seen.is_sorted(), "{seen:?}");
     }
@@ -208,6 +228,28 @@ fn rule_17_the_cap_does_not_count_while_a_leg_is_away_and_too_many_regions_are_c
         answered(&mut world, &[write]);
         world.settle();
         world.assert_identical();
+    }
+}
+
+#[test]
+fn rule_17_the_cap_counts_until_a_leg_that_leaves_is_durably_out() {
+    for seed in 0..20 {
+        let mut world = capped(seed, 12, 2);
+        let first = [world.write(block(0)), world.write(block(1))];
+        answered(&mut world, &first);
+        run_dry(&mut world);
+        world.disks[1].dead = true;
+        let mut writes = vec![world.write(block(0))];
+        while superblock_on(&world, Slot::A).is_none() {
+            assert!(step_within(&mut world, 2), "B never leaves");
+        }
+        world.stuck.extend(superblock_on(&world, Slot::A));
+        writes.push(world.write(block(2)));
+        while step_within(&mut world, 2) {}
+        assert!(writes.iter().all(|tag| !world.answers.contains_key(tag)), "B counts");
+        world.stuck.clear();
+        answered(&mut world, &writes);
+        assert!(writes.iter().all(|tag| world.answers[tag] == Ok(())));
     }
 }
 
@@ -403,12 +445,18 @@ fn rule_17_what_a_scrub_repairs_makes_one_region_dirty_beyond_the_cap_and_no_sec
             if world.answers.contains_key(&scrub) {
                 break;
             }
+            // A flush takes longer than anything else: nothing is cleaned before the scrub has to wait for it.
+            world.stuck = world.in_flight().iter().filter(|(_, _, op)| *op == LegOp::Flush).map(|(io, ..)| *io).collect();
             if !step_within(&mut world, 3) {
-                world.tick();
+                world.stuck.clear();
+                if !step_within(&mut world, 3) {
+                    world.tick();
+                }
             }
             most = most.max(dirty(&world).len());
         }
         assert_eq!((world.answers.get(&scrub), most), (Some(&Ok(())), 3));
+        world.stuck.clear();
         world.settle();
         assert!(world.disks[0].bad.is_empty() && world.healthy(), "not repaired");
         world.assert_identical();

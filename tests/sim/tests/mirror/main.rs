@@ -60,6 +60,10 @@ fn in_flight_on(world: &World, slot: Slot, kind: impl Fn(&LegOp) -> bool) -> Opt
     world.in_flight().into_iter().find(|(_, on, op)| *on == slot && kind(op)).map(|(io, ..)| io)
 }
 
+fn superblock_on(world: &World, slot: Slot) -> Option<IoId> {
+    in_flight_on(world, slot, |op| matches!(op, LegOp::WriteMeta { offset, .. } if *offset < 8192))
+}
+
 /// Ends everything that ends without the clock.
 fn run_dry(world: &mut World) {
     while world.step() {}
