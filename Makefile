@@ -1,7 +1,7 @@
 # Everything that is built goes under ~/.cache/lockstep, never into the clone.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/lockstep/target
 .DEFAULT_GOAL := help
-.PHONY: help fmt check test sim explore fuzz mutants cargo-mutants native csi demo bench soak deny
+.PHONY: help fmt crds check test sim explore fuzz mutants cargo-mutants native csi demo bench soak deny
 WRITES ?= 2
 SEEDS ?= 10000
 FUZZ_SECONDS ?= 600
@@ -12,6 +12,9 @@ help: ## List the targets
 
 fmt: ## Format the code
 	cargo fmt --all
+
+crds: ## The chart's CustomResourceDefinitions, from the Rust types
+	cargo run --quiet --locked -p lockstep-proto --bin crds -- charts/lockstep/templates/crds
 
 check: ## Formatting, lints, unit and simulator tests: minutes, no root (needs Go, for the CSI specification)
 	tests/run check unit

@@ -7,6 +7,7 @@
 //! ```
 
 pub mod capacity;
+pub mod crds;
 pub mod endpoint;
 pub mod logging;
 pub mod objects;

@@ -1,18 +1,52 @@
 //! The objects in which controller and node meet (group `lockstep.io`, version `v1alpha1`, cluster scoped).
 
+// It takes the columns for repetitions of each other.
+#![allow(clippy::duplicated_attributes)]
+
 use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
-use kube::CustomResource;
+use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// One disk that a node may use.
 #[derive(CustomResource, Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
-#[kube(group = "lockstep.io", version = "v1alpha1", kind = "LocalDisk", shortname = "ld", status = "LocalDiskStatus")]
+#[kube(
+    group = "lockstep.io",
+    version = "v1alpha1",
+    kind = "LocalDisk",
+    doc = "A disk that a node may use. csi-node makes one for each that its configuration selects, and keeps it.",
+    shortname = "ld",
+    category = "lockstep",
+    status = "LocalDiskStatus",
+    selectable = ".spec.node",
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "Node", type_ = "string", json_path = ".spec.node"),
+    printcolumn(
+        name = "Capacity",
+        type_ = "integer",
+        format = "int64",
+        json_path = ".status.capacityBytes",
+        description = "Bytes that volumes can have"
+    ),
+    printcolumn(
+        name = "Allocated",
+        type_ = "integer",
+        format = "int64",
+        json_path = ".status.allocatedBytes",
+        description = "Bytes that volumes have"
+    ),
+    printcolumn(name = "Model", type_ = "string", json_path = ".status.identity.model"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Serial", type_ = "string", priority = 1, json_path = ".status.identity.serial"),
+    printcolumn(name = "Physical", type_ = "string", priority = 1, json_path = ".status.identity.physical"),
+    printcolumn(name = "Message", type_ = "string", priority = 1, json_path = ".status.message")
+)]
 #[serde(rename_all = "camelCase")]
 pub struct LocalDiskSpec {
-    /// The node that the disk is in.
+    /// The node that the disk is in. It changes when the disk is plugged into another one.
+    #[schemars(length(min = 1, max = 253))]
     pub node: String,
 }
 
@@ -85,15 +119,64 @@ pub enum DiskPhase {
 }
 
 /// One volume. Its name is the CSI volume id.
-#[derive(CustomResource, Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
-#[kube(group = "lockstep.io", version = "v1alpha1", kind = "MirrorVolume", shortname = "mv", status = "MirrorVolumeStatus")]
+///
+/// The API refuses what would not be carried out: another node, name, mode or file system, and less than it has. A directory of objects
+/// checks nothing.
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[kube(
+    group = "lockstep.io",
+    version = "v1alpha1",
+    kind = "MirrorVolume",
+    doc = "A volume that is mirrored on two disks of its node. Its name is the CSI volume id.",
+    shortname = "mv",
+    category = "lockstep",
+    status = "MirrorVolumeStatus",
+    selectable = ".spec.node",
+    printcolumn(
+        name = "Health",
+        type_ = "string",
+        json_path = r#".status.conditions[?(@.type=="Ready")].reason"#,
+        description = "Of the mirror, since it was first staged"
+    ),
+    printcolumn(name = "Leg-1", type_ = "string", json_path = ".status.legs[0].state"),
+    printcolumn(name = "Leg-2", type_ = "string", json_path = ".status.legs[1].state"),
+    printcolumn(
+        name = "Rebuild-%",
+        type_ = "integer",
+        format = "int32",
+        json_path = r#".status.legs[?(@.state=="Recovering")].progressPercent"#
+    ),
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "Size", type_ = "integer", format = "int64", json_path = ".status.capacityBytes", description = "Bytes"),
+    printcolumn(name = "Node", type_ = "string", json_path = ".spec.node"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Device", type_ = "string", priority = 1, json_path = ".status.device", description = "While it is staged"),
+    printcolumn(name = "Disk-1", type_ = "string", priority = 1, json_path = ".status.legs[0].disk"),
+    printcolumn(name = "Disk-2", type_ = "string", priority = 1, json_path = ".status.legs[1].disk"),
+    printcolumn(name = "Degraded", type_ = "string", priority = 1, json_path = r#".status.conditions[?(@.type=="Degraded")].message"#),
+    printcolumn(name = "Message", type_ = "string", priority = 1, json_path = ".status.message"),
+    // What was asked for and refused may be taken back, down to what the volume has. A status that lags is nobody's fault.
+    validation = Rule::new("self.spec.capacityBytes >= oldSelf.spec.capacityBytes || !has(self.status) || self.spec.capacityBytes >= self.status.capacityBytes")
+        .field_path(".spec.capacityBytes")
+        .message("capacityBytes cannot become less than the volume has: volumes only grow")
+)]
+#[x_kube(
+    validation = Rule::new("self.csiName == oldSelf.csiName").field_path(".csiName").message("csiName cannot be changed"),
+    validation = Rule::new("self.node == oldSelf.node").field_path(".node").message("node cannot be changed: a volume stays with its disks"),
+    validation = Rule::new("self.volumeMode == oldSelf.volumeMode").field_path(".volumeMode").message("volumeMode cannot be changed"),
+    validation = Rule::new("has(self.fsType) == has(oldSelf.fsType) && (!has(self.fsType) || self.fsType == oldSelf.fsType)").message("fsType cannot be changed"),
+    validation = Rule::new("has(self.fsType) == (self.volumeMode == 'Filesystem')").message("fsType belongs to volumeMode Filesystem, and to it only")
+)]
 #[serde(rename_all = "camelCase")]
 pub struct MirrorVolumeSpec {
     /// The name in the CSI call.
+    #[schemars(length(min = 1, max = 128))]
     pub csi_name: String,
-    /// The size that is wanted.
+    /// The size that is wanted, in bytes.
+    #[schemars(range(min = 1))]
     pub capacity_bytes: u64,
     /// The node that it is placed on.
+    #[schemars(length(min = 1, max = 253))]
     pub node: String,
     /// How it is used.
     pub volume_mode: VolumeMode,
@@ -193,6 +276,7 @@ pub struct LegStatus {
     /// What it counts for.
     pub state: LegState,
     /// How far its rebuild is.
+    #[schemars(range(max = 100))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress_percent: Option<u8>,
     /// What it failed with.
