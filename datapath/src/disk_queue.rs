@@ -3,7 +3,8 @@
 //! The kernel has a bounded number of requests for each disk. Who submits one more waits for one to end, in the system call, whatever it was told
 //! about waiting (direct I/O on XFS, Linux 6.18). A disk that hangs would so stop its datapath threads, with every volume that they carry and with
 //! the clock by which its legs go OUT. So a thread submits no more than half of what the disk has room for (the other half is for the file system's
-//! own, and for others): what goes beyond that is left to the kernel's workers, which may wait.
+//! own, and for others): what goes beyond that is left to the kernel's workers, which may wait. A file system that has no disk of its own (FUSE, NFS)
+//! may wait in any call, on a lock that a request in flight holds: all of its I/O is theirs.
 
 use std::{
     collections::BTreeMap,
@@ -17,7 +18,7 @@ use std::{
 
 use rustix::fs::{major, minor};
 
-/// Of a disk that does not say.
+/// Of a device whose disks do not say.
 const ROOM: usize = 32;
 /// Longer I/O is more than one request: disks take 128 KiB and more at once.
 const PIECE: usize = 256 << 10;
@@ -54,8 +55,10 @@ impl DiskQueue {
         if let Some(queue) = queues.get(&device).and_then(Weak::upgrade) {
             return queue;
         }
-        let own = fs::canonicalize(format!("/sys/dev/block/{}:{}", major(device), minor(device)));
-        let room = own.ok().and_then(|own| requests(&own)).map_or(ROOM, |requests| (requests / 2).max(1));
+        let room = match fs::canonicalize(format!("/sys/dev/block/{}:{}", major(device), minor(device))) {
+            Ok(own) => requests(&own).map_or(ROOM, |requests| (requests / 2).max(1)),
+            Err(_) => 0,
+        };
         let queue = Arc::new(Self { filled: AtomicUsize::new(0), room });
         queues.retain(|_, queue| queue.strong_count() > 0);
         queues.insert(device, Arc::downgrade(&queue));
@@ -93,6 +96,13 @@ mod tests {
         assert!(!queue.enter(2 * PIECE).beyond);
         drop(small);
         assert_eq!(queue.filled.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_file_system_without_a_disk_has_no_room() {
+        use std::os::unix::fs::MetadataExt;
+        let about = fs::metadata("/proc").unwrap();
+        assert!(DiskQueue::of(about.dev()).enter(1).beyond);
     }
 
     #[test]
