@@ -431,10 +431,10 @@ impl Volume {
             let summary = format::peek(&leg.meta).map_err(|source| Error::Meta { path: dir.join("meta"), source })?;
             leg.whole(summary.blocks)?;
             leg.allocate(bytes)?;
-            Ok((leg, summary.leg))
+            Ok((leg, summary))
         });
-        let (leg, id) = open.await?;
-        let request = Request::Attach { slot, leg: id, fill };
+        let (leg, summary) = open.await?;
+        let request = Request::Attach { slot, leg: summary.leg, fill, newest: summary.newest };
         self.ask(|reply| Command::Attach { slot, leg: Box::new(leg), request, reply }).await?;
         legs[slot.index()] = Some(path.dir);
         Ok(())

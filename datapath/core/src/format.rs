@@ -481,12 +481,14 @@ pub struct Summary {
     pub blocks: u64,
     /// Its newest record's epoch; 0 for a spare.
     pub epoch: Epoch,
+    /// Which slot its newest superblock is in.
+    pub newest: u8,
 }
 
 /// Reads who a leg is.
 pub fn peek(meta: &[u8]) -> Result<Summary, MetaError> {
-    let (sb, _) = superblock(meta)?;
-    Ok(Summary { volume: sb.volume, leg: sb.leg, blocks: sb.blocks, epoch: sb.record.name.epoch })
+    let (sb, newest) = superblock(meta)?;
+    Ok(Summary { volume: sb.volume, leg: sb.leg, blocks: sb.blocks, epoch: sb.record.name.epoch, newest })
 }
 
 #[cfg(test)]

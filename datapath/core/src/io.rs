@@ -29,6 +29,8 @@ pub enum Request {
         leg: LegId,
         /// How much of the leg is to be trusted.
         fill: Fill,
+        /// Which slot its newest superblock is in (`format::Summary`): the other one is written first (mirror rule 20).
+        newest: u8,
     },
     /// Take a leg out: its disk is known to be gone, or is wanted elsewhere. EBUSY: it is the last leg that is IN.
     Detach(Slot),

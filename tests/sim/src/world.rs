@@ -517,13 +517,11 @@ impl World {
         self.disks[slot.index()].dead = false;
         let (place, fill) = self.mirror.readmission(&self.disks[slot.index()].meta)?;
         assert_eq!(place, slot);
-        let mut leg = leg_id(slot);
         if fill == Fill::Everything {
             return Some(self.replace(slot));
-        } else if let Ok(summary) = format::peek(&self.disks[slot.index()].meta) {
-            leg = summary.leg;
         }
-        Some(self.command(Request::Attach { slot, leg, fill }))
+        let format::Summary { leg, newest, .. } = format::peek(&self.disks[slot.index()].meta).ok()?;
+        Some(self.command(Request::Attach { slot, leg, fill, newest }))
     }
 
     /// A blank disk in a slot whose leg is OUT: an empty leg is filled from nothing.
@@ -534,7 +532,7 @@ impl World {
         disk.bad.clear();
         disk.durable.clear();
         disk.cache.clear();
-        self.command(Request::Attach { slot, leg, fill: Fill::Everything })
+        self.command(Request::Attach { slot, leg, fill: Fill::Everything, newest: 0 })
     }
 }
 

@@ -35,7 +35,7 @@ impl Stopping {
 }
 
 impl Mirror {
-    pub(super) fn submit_attach(&mut self, tag: Tag, slot: Slot, id: LegId, fill: Fill, out: &mut Effects) {
+    pub(super) fn submit_attach(&mut self, tag: Tag, slot: Slot, id: LegId, fill: Fill, newest: u8, out: &mut Effects) {
         // No leg comes back while any I/O ever submitted to it is outstanding (mirror rule 25), also if its place had another leg since.
         let zombie = self.ios.values().any(|io| io.leg.is_some_and(|(_, old)| old == id));
         let leg = &mut self.legs[slot.index()];
@@ -43,11 +43,10 @@ impl Mirror {
             return Self::answer(tag, Err(Errno::EBUSY), out);
         }
         if leg.id != id {
-            // A new leg has one superblock, in slot 0. One that returns keeps its newest until the other slot has a newer one (mirror rule 20).
-            (leg.id, leg.reads, leg.superblock_slot) = (id, 0, 0);
+            (leg.id, leg.reads) = (id, 0);
             self.write_mostly.forget();
         }
-        leg.repairs = 0;
+        (leg.repairs, leg.superblock_slot) = (0, newest);
         // Newer than anything that an absent leg may have been given.
         self.sequence += 1000;
         self.bitmap.pages.iter_mut().for_each(|page| page.forget(slot));

@@ -310,7 +310,7 @@ impl Mirror {
             Request::Write { range, fua } => self.submit_write(tag, range, true, fua, out),
             Request::Zero(range) => self.submit_write(tag, range, false, false, out),
             Request::Flush => self.submit_flush(Waiter::Client(tag), out),
-            Request::Attach { slot, leg, fill } => self.submit_attach(tag, slot, leg, fill, out),
+            Request::Attach { slot, leg, fill, newest } => self.submit_attach(tag, slot, leg, fill, newest, out),
             Request::Detach(slot) => self.submit_detach(tag, slot, out),
             Request::Grow { blocks } => self.submit_grow(tag, blocks, out),
             Request::WriteMostly { slot, behind } => self.set_write_mostly(tag, slot, behind, out),

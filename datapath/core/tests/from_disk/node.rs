@@ -163,7 +163,8 @@ impl Node {
             leg = LegId(u128::from(self.next).to_be_bytes());
             *disk = Disk { meta: format::spare_leg(VOLUME, leg, BLOCKS)[..META].to_vec(), data: BTreeMap::new(), dead: false };
         }
-        self.submit(Request::Attach { slot, leg, fill });
+        let newest = format::peek(&disk.meta).map_or(0, |summary| summary.newest);
+        self.submit(Request::Attach { slot, leg, fill, newest });
         true
     }
 

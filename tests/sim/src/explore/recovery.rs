@@ -160,9 +160,9 @@ fn serve(
     }
     for (found, slot, fill) in &assembled.returning {
         let Some(leg) = image.legs[*found] else { continue };
-        let id = format::peek(&pages.meta(leg.meta)).map_err(|error| Broken::new("a leg returns", error.to_string()))?.leg;
+        let summary = format::peek(&pages.meta(leg.meta)).map_err(|error| Broken::new("a leg returns", error.to_string()))?;
         world.legs[slot.index()] = Some(Leg::new(leg));
-        world.attach(scenario, *slot, id, *fill, pages)?;
+        world.attach(scenario, *slot, &summary, *fill, pages)?;
         for round in 0..2 {
             rounds.push(read_all(&mut world, scenario, ROUNDS + round, pages)?);
         }

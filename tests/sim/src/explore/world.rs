@@ -1,7 +1,8 @@
 //! One state, and what can happen to it: the mirror, the work it asked for, the disks, the client.
 
 use lockstep_core::{
-    Mirror, format,
+    Mirror,
+    format::{self, Summary},
     io::{Buffer, Effects, Event as CoreEvent, Fill, Outcome, Request},
     status::{LegState, Sync},
     units::{Errno, Instant, LegId, Slot, Tag},
@@ -257,20 +258,20 @@ impl World {
         let Some((place, fill)) = self.mirror.readmission(&meta) else {
             return Err(Broken::new("a leg returns", format!("there is no place for {slot:?}, which is OUT")));
         };
-        let leg = format::peek(&meta).map_err(|error| Broken::new("a leg returns", error.to_string()))?.leg;
-        self.attach(scenario, place, leg, fill, pages)
+        let summary = format::peek(&meta).map_err(|error| Broken::new("a leg returns", error.to_string()))?;
+        self.attach(scenario, place, &summary, fill, pages)
     }
 
     /// A leg is attached: the one that is there, or a new one in its place.
-    pub fn attach(&mut self, scenario: &Scenario, slot: Slot, leg: LegId, fill: Fill, pages: &mut Pages) -> Result<(), Broken> {
-        let leg = match fill {
-            Fill::DirtyRegions => leg,
+    pub fn attach(&mut self, scenario: &Scenario, slot: Slot, found: &Summary, fill: Fill, pages: &mut Pages) -> Result<(), Broken> {
+        let (leg, newest) = match fill {
+            Fill::DirtyRegions => (found.leg, found.newest),
             Fill::Everything => {
                 self.legs[slot.index()] = Some(Leg::new(pages.spare(SPARE, scenario.blocks())));
-                SPARE
+                (SPARE, 0)
             }
         };
-        let request = Request::Attach { slot, leg, fill };
+        let request = Request::Attach { slot, leg, fill, newest };
         self.handle(scenario, CoreEvent::Submit { tag: OPERATOR, request }, pages)
     }
 

@@ -219,7 +219,8 @@ impl Machine {
         }
         self.disks[disk].trouble.suspect = false;
         self.place[slot.index()] = Some(disk);
-        let tag = self.ask("attach", Asked::Attach { slot }, Request::Attach { slot, leg, fill });
+        let newest = format::peek(self.disks[disk].meta()).map_or(0, |summary| summary.newest);
+        let tag = self.ask("attach", Asked::Attach { slot }, Request::Attach { slot, leg, fill, newest });
         let busy = !self.asked.contains_key(&tag);
         if busy && self.status.legs[slot.index()].state == LegState::Out {
             self.place = before;

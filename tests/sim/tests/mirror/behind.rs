@@ -477,7 +477,7 @@ fn rule_32_what_was_said_of_the_legs_is_forgotten_when_another_leg_comes() {
     world.disks[1].dead = false;
     world.disks[1].meta = format::spare_leg(lockstep_sim::VOLUME, LegId([77; 16]), lockstep_sim::BLOCKS)[..65536 + 8192].to_vec();
     (world.disks[1].durable, world.disks[1].cache) = Default::default();
-    world.command(Request::Attach { slot: Slot::B, leg: LegId([77; 16]), fill: lockstep_core::io::Fill::Everything });
+    world.command(Request::Attach { slot: Slot::B, leg: LegId([77; 16]), fill: lockstep_core::io::Fill::Everything, newest: 0 });
     world.settle();
     let status = world.mirror.status();
     assert!(world.healthy() && status.write_mostly.is_none() && !status.write_behind);

@@ -343,7 +343,7 @@ fn replace_b(world: &mut World, leg: u8) {
     let len = disk.meta.len();
     disk.meta = format::spare_leg(VOLUME, leg, BLOCKS);
     disk.meta.truncate(len);
-    world.command(Request::Attach { slot: Slot::B, leg, fill: Fill::Everything });
+    world.command(Request::Attach { slot: Slot::B, leg, fill: Fill::Everything, newest: 0 });
 }
 
 #[test]

@@ -304,7 +304,8 @@ fn rule_25_a_leg_whose_place_was_taken_has_its_old_io_still() {
     run_dry(&mut world);
     assert_eq!(world.answers[&detach], Ok(()));
     let attach = |world: &mut World, leg: u8| {
-        let tag = world.command(Request::Attach { slot: Slot::B, leg: LegId([leg; 16]), fill: lockstep_core::io::Fill::Everything });
+        let tag =
+            world.command(Request::Attach { slot: Slot::B, leg: LegId([leg; 16]), fill: lockstep_core::io::Fill::Everything, newest: 0 });
         run_dry(world);
         world.answers[&tag]
     };

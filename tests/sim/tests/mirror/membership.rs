@@ -461,8 +461,8 @@ fn case_12_a_write_in_flight_when_a_leg_fails_waits_for_its_out_too() {
 
 #[test]
 fn rule_20_the_first_superblock_of_a_leg_that_returns_goes_to_its_older_slot() {
-    // An even and an odd number of superblocks before.
-    for restarts in 0..2 {
+    // An even and an odd number of superblocks before; whether the mirror was assembled without it meanwhile.
+    for (restarts, absent) in [(0, false), (1, false), (0, true), (1, true)] {
         let mut world = warm(60);
         for _ in 0..restarts {
             world.settle();
@@ -473,6 +473,10 @@ fn rule_20_the_first_superblock_of_a_leg_that_returns_goes_to_its_older_slot() {
         world.write(range(0, 8));
         world.settle();
         let newest = format::superblock(&world.disks[1].meta).expect("whole").1;
+        if absent {
+            world.crash([true, false]).expect("the leg that counts is there");
+            run_dry(&mut world);
+        }
         world.bring_back(Slot::B).expect("it has a place");
         let offset = loop {
             let superblock = world.in_flight().into_iter().find_map(|(_, slot, op)| match op {
@@ -485,6 +489,6 @@ fn rule_20_the_first_superblock_of_a_leg_that_returns_goes_to_its_older_slot() {
             assert!(world.step(), "no superblock is written to the leg");
         };
         // If it is torn, what is left is the record that the others say was seen there.
-        assert_eq!(offset, 4096 * u64::from(1 - newest), "after {restarts} restarts");
+        assert_eq!(offset, 4096 * u64::from(1 - newest), "after {restarts} restarts, absent: {absent}");
     }
 }

@@ -199,7 +199,7 @@ fn rule_30_bad_blocks_are_passed_over() {
     world.disks[1].meta =
         lockstep_core::format::spare_leg(lockstep_sim::VOLUME, LegId([77; 16]), lockstep_sim::BLOCKS)[..65536 + 8192].to_vec();
     (world.disks[1].durable, world.disks[1].cache) = Default::default();
-    world.command(Request::Attach { slot: Slot::B, leg: LegId([77; 16]), fill: Fill::Everything });
+    world.command(Request::Attach { slot: Slot::B, leg: LegId([77; 16]), fill: Fill::Everything, newest: 0 });
     world.settle();
     assert_eq!(world.mirror.status().bad_blocks, 3);
     // A reads them again, by itself: they are as bad as before.
