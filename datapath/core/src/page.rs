@@ -54,3 +54,34 @@ impl<T> Page<T> {
         self.slot[slot.index()] = 0;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_write_is_in_flight_and_each_leg_reports_it_once() {
+        let mut page = Page { changed: true, ..Page::default() };
+        assert!(page.is_due() && !page.is_idle() && !page.awaits(Slot::A));
+        page.issued(7);
+        page.waiting = [true, false];
+        assert!(page.awaits(Slot::A) && !page.awaits(Slot::B));
+        assert!(!page.is_due() && !page.is_idle());
+        page.changed = true;
+        assert!(!page.is_due(), "what changes meanwhile goes with the next one");
+        page.written(Slot::A);
+        assert!((page.sequence, page.slot, page.awaits(Slot::A)) == (1, [1, 0], false));
+        page.in_flight = None;
+        assert!(page.is_due());
+        page.waiting = [true; 2];
+        page.changed = false;
+        assert!(page.is_idle() && !page.awaits(Slot::A));
+    }
+
+    #[test]
+    fn a_leg_that_was_away_is_given_what_is_newer_than_anything_that_it_may_hold() {
+        let mut page: Page<()> = Page { sequence: 7, slot: [1, 1], ..Page::default() };
+        page.forget(Slot::B);
+        assert_eq!((page.sequence, page.slot), (1007, [1, 0]));
+    }
+}

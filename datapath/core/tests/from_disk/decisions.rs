@@ -198,6 +198,11 @@ fn a_leg_that_was_never_full_cannot_be_forced_and_one_that_was_is_on_record_as_f
     let said = naive::superblock(page);
     assert_eq!((said.flags, said.record.pin), (FLAG_FORCED, Slot::B));
     assert_eq!(said.record.members.map(|member| member.state), [MemberState::OutUnfilled, MemberState::In]);
+    // That it was forced before stays on record.
+    let b = leg(&Superblock { flags: FLAG_FORCED, ..superblock(B, both()) }, 0);
+    let (_, effects) = start(&[&b], Some(&witness(a_alone(5))), Some(B)).expect("it was full");
+    let (.., page) = written(&effects).into_iter().find(|(_, offset, _)| *offset < 8192).expect("a record");
+    assert_eq!(naive::superblock(page).flags, FLAG_FORCED);
 }
 
 #[test]
