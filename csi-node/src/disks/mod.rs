@@ -17,7 +17,7 @@ mod publish;
 mod scan;
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     path::PathBuf,
     sync::{Arc, Mutex, RwLock},
 };
@@ -75,6 +75,8 @@ pub struct Disks {
     selectors: Vec<DiskSelector>,
     known: RwLock<BTreeMap<String, Disk>>,
     refused: RwLock<BTreeMap<PathBuf, Refused>>,
+    /// Selectors that matched nothing at the last look.
+    idle: Mutex<BTreeSet<String>>,
     /// Bytes of legs that are being made. Locked before `known`, where both are.
     ledger: Mutex<Ledger>,
     /// Reservations were let go.
@@ -94,6 +96,7 @@ impl Disks {
             selectors,
             known: RwLock::default(),
             refused: RwLock::default(),
+            idle: Mutex::default(),
             ledger: Mutex::default(),
             unsettled: Notify::default(),
             busy: Mutex::default(),

@@ -100,9 +100,13 @@ impl Disks {
     /// The devices of each physical disk, each once, whatever the number of selectors that match it.
     fn matches(&self) -> BTreeMap<String, Vec<PathBuf>> {
         let mut matches: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
-        let mut refused = BTreeMap::new();
+        let (mut refused, mut idle) = (BTreeMap::new(), BTreeSet::new());
         for selector in &self.selectors {
-            for path in glob::glob(&selector.path).into_iter().flatten().flatten() {
+            let paths: Vec<PathBuf> = glob::glob(&selector.path).into_iter().flatten().flatten().collect();
+            if paths.is_empty() {
+                idle.insert(selector.path.clone());
+            }
+            for path in paths {
                 match device::look_up(&path) {
                     Ok(device) => {
                         let paths = matches.entry(device.identity.physical).or_default();
@@ -114,12 +118,23 @@ impl Disks {
                 }
             }
         }
+        for pattern in self.newly_idle(idle) {
+            warn!(pattern, "no device matches this selector: compare it with the names in /dev/disk/by-id, or plug the disk in");
+        }
         let gone = |path: &PathBuf| !refused.contains_key(path) && !matches.values().flatten().any(|matched| matched == path);
         self.refused.write().expect("no holder panics").retain(|path, _| !gone(path));
         for (path, message) in &refused {
             self.refuse(path, None, message.clone());
         }
         matches
+    }
+
+    /// Those of the selectors which match nothing now that did so, or were not looked at, before.
+    fn newly_idle(&self, idle: BTreeSet<String>) -> Vec<String> {
+        let mut before = self.idle.lock().expect("no holder panics");
+        let new = idle.difference(&before).cloned().collect();
+        *before = idle;
+        new
     }
 
     fn look(&self, at: &At, names: &[String]) -> Vec<String> {
@@ -303,6 +318,15 @@ mod tests {
         work: impl FnOnce(&Disks) -> T + Send + 'static,
     ) -> Option<T> {
         disks.bounded(key.into(), Duration::from_millis(200), work).await
+    }
+
+    #[test]
+    fn a_selector_that_matches_nothing_is_named_once_and_again_when_it_did_match() {
+        let (_dir, disks) = disks(&[]);
+        let idle = |patterns: &[&str]| disks.newly_idle(patterns.iter().map(|pattern| (*pattern).to_owned()).collect());
+        assert_eq!(idle(&["/dev/a*", "/dev/b"]), ["/dev/a*", "/dev/b"]);
+        assert!(idle(&["/dev/a*"]).is_empty());
+        assert_eq!(idle(&["/dev/a*", "/dev/b"]), ["/dev/b"]);
     }
 
     #[tokio::test]
