@@ -1,7 +1,11 @@
 //! What breaks below a volume, and in the middle of a call.
 #![allow(missing_docs)]
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use lockstep_csi_tests::{
     driver::{Driver, NODE, until},
@@ -83,6 +87,43 @@ async fn a_lost_disk_is_replaced_by_a_new_one_under_load_and_the_old_copy_goes_w
     let copies = driver.copies(&place.id).await;
     assert!(identical(&copies[0], &copies[1]), "the copies differ");
     driver.client.delete(&place.id).await.unwrap();
+    driver.stop();
+}
+
+/// Mirror rule 12: who serves does not wait for whoever keeps the objects.
+#[tokio::test(flavor = "multi_thread")]
+async fn case_14_a_leg_that_fails_while_the_objects_are_away_stalls_nobody_and_they_say_so_later() {
+    let lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let place = driver.place("away", 256 * MIB, Some("ext4")).await;
+    place.up(&driver.client).await.unwrap();
+    until_ready_is(&driver, &place.id, "Healthy").await;
+    let lost = disk_of_leg(&lab, &driver, &place.id, 1).await;
+    let objects = driver.node_log().with_file_name("objects");
+    let away = objects.with_extension("away");
+    fs::rename(&objects, &away).unwrap();
+    let mut load = load::on_files(&place.target, 10);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    lab.fail_disk(lost);
+    let out = || fs::read_to_string(driver.node_log()).unwrap().contains("leg is OUT");
+    until("said to be OUT", || async { out().then_some(()) }).await;
+    let begun = Instant::now();
+    let file = place.target.join("acked");
+    fs::write(&file, "fsynced").and_then(|()| fs::File::open(&file)?.sync_all()).unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(8), "it waited {:?}", begun.elapsed());
+    assert!(load.runs(), "the load was over before the disk failed");
+    assert!(load.succeeded(), "the load saw an error");
+    assert!(!objects.exists(), "nobody makes the objects anew");
+    fs::rename(&away, &objects).unwrap();
+    let degraded = until_ready_is(&driver, &place.id, "Degraded").await;
+    assert_eq!((degraded.legs[0].state, degraded.legs[1].state), (LegState::In, LegState::Out));
+    // What was acknowledged meanwhile is there when both processes begin anew.
+    driver.kill_node();
+    driver.start_node().await;
+    place.down(&driver.client).await.unwrap();
+    place.up(&driver.client).await.unwrap();
+    assert_eq!(fs::read_to_string(&file).unwrap(), "fsynced");
+    place.down(&driver.client).await.unwrap();
     driver.stop();
 }
 

@@ -112,8 +112,13 @@ fn cases_of(test: &str) -> Vec<usize> {
 fn each_case_of_the_contract_names_tests_that_exist_and_all_that_are_named_after_it() {
     let mut tests = BTreeSet::new();
     for (_, text) in named(".rs") {
-        let named = |line: &str| line.trim_start().strip_prefix("fn ")?.split('(').next().map(str::to_owned);
-        tests.extend(text.lines().zip(text.lines().skip(1)).filter(|(mark, _)| mark.contains("test]")).filter_map(|(_, line)| named(line)));
+        let named = |line: &str| line.trim_start().trim_start_matches("async ").strip_prefix("fn ")?.split('(').next().map(str::to_owned);
+        tests.extend(
+            text.lines()
+                .zip(text.lines().skip(1))
+                .filter(|(mark, _)| mark.contains("test]") || mark.contains("::test("))
+                .filter_map(|(_, line)| named(line)),
+        );
     }
     let design = fs::read_to_string(root().join("datapath/DESIGN.md")).expect("text");
     let (_, table) = design.split_once("| Case | Proven by |\n|---|---|\n").expect("the table");
