@@ -116,6 +116,7 @@ impl Machine {
             self.history.killed();
         }
         for disk in &mut self.disks {
+            disk.opened();
             let (gone, lies) = (disk.trouble.gone, disk.trouble.lies);
             disk.trouble = super::disk::Trouble { gone, lies, ..Default::default() };
         }

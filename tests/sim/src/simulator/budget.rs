@@ -139,7 +139,7 @@ impl Machine {
             if let Some((disk, generation)) = work.disk
                 && self.disks[disk].generation == generation
             {
-                self.do_a_part(disk, &work);
+                self.fail_in_part(disk, &work);
                 self.disks[disk].trouble.suspect = true;
             }
             work.ended = Some((Outcome::Failed(Errno::EIO), End::Error));

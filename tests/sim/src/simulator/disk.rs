@@ -65,6 +65,8 @@ impl Trouble {
 pub(super) struct Disk {
     cells: BTreeMap<u64, Cell>,
     next: u64,
+    /// Writes before this one no flush makes durable: one that failed has given them up, as the kernel does. A read finds them all the same.
+    given_up: u64,
     /// The leg's metadata; all zeroes: a blank disk.
     meta: Vec<u8>,
     /// What `meta` says.
@@ -84,6 +86,7 @@ impl Disk {
         let mut disk = Self {
             cells: BTreeMap::new(),
             next: 1,
+            given_up: 0,
             meta,
             superblock: None,
             generation: 0,
@@ -144,11 +147,21 @@ impl Disk {
 
     pub(super) fn flush(&mut self, mark: u64) {
         for cell in self.cells.values_mut() {
-            if let Some(newest) = cell.cache.iter().rev().find(|(n, _)| *n < mark).copied() {
+            if let Some(newest) = cell.cache.iter().rev().find(|(n, _)| (self.given_up..mark).contains(n)).copied() {
                 cell.durable = newest;
                 cell.cache.retain(|(n, _)| *n >= mark);
             }
         }
+    }
+
+    /// What a flush that fails was to cover, no later one does.
+    pub(super) fn flush_failed(&mut self, mark: u64) {
+        self.given_up = self.given_up.max(mark);
+    }
+
+    /// A process that is new knows of no flush that failed: it writes again what it finds.
+    pub(super) fn opened(&mut self) {
+        self.given_up = 0;
     }
 
     pub(super) fn power_cut(&mut self, rng: &mut Rng) {

@@ -5,8 +5,8 @@
 //! and E.
 //! - A crash at any event: of the process (the disks go on with what they were given, wholly or in part), or of the machine (each
 //!   disk keeps what it flushed, and of each other block any version; metadata in flight is torn in pieces of 32 bytes).
-//! - One disk at a time is unsound: gone, blank after a crash, frozen, failing operations (having done a part of them), unreadable or
-//!   unwritable in places, full, or lying about flushes (then the next power cut leaves it blank: a disk that lies and stays is survived
+//! - One disk at a time is unsound: gone, blank after a crash, frozen, failing operations (having done a part of them; what a flush that
+//!   fails was to cover, no later one covers until the process is new), unreadable or unwritable in places, full, or lying about flushes (then the next power cut leaves it blank: a disk that lies and stays is survived
 //!   by no mirror). D may become unsound only while E is sound and counts, by memory and by the witness (in assembly
 //!   too, unless the witness was lost: then not before it is written again). D stays unsound until
 //!   the mirror was seen to be quiet with it, or it was started anew.

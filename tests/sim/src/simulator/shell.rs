@@ -275,7 +275,7 @@ impl Machine {
         };
         if once {
             trouble.suspect = true;
-            self.do_a_part(disk, work);
+            self.fail_in_part(disk, work);
             return (Outcome::Failed(error), End::Error);
         }
         if take(&mut trouble.host_faults) {
@@ -379,6 +379,14 @@ impl Machine {
             }
         };
         (outcome, End::Done)
+    }
+
+    /// What fails is done in part, and a flush not at all.
+    pub(super) fn fail_in_part(&mut self, disk: usize, work: &Work) {
+        match work.op {
+            Op::Leg(LegOp::Flush) => self.disks[disk].flush_failed(work.mark),
+            _ => self.do_a_part(disk, work),
+        }
     }
 
     /// A write that fails, or never ends: some of it is done.
