@@ -198,9 +198,9 @@ impl Disk {
         self.cells.keys().copied()
     }
 
-    /// Whether something in the range waits in the cache.
+    /// Whether something in the range waits in the cache, but for what is listed as bad: nobody reads that before it is written again.
     pub(super) fn is_cached(&self, range: BlockRange) -> bool {
-        self.cells.range(range.start..range.end).any(|(_, cell)| !cell.cache.is_empty())
+        self.cells.range(range.start..range.end).any(|(block, cell)| !cell.cache.is_empty() && !self.listed.contains(block))
     }
 
     pub(super) fn write_meta(&mut self, offset: u64, page: &[u8]) {
