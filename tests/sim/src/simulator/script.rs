@@ -130,6 +130,8 @@ pub struct Profile {
     pub hot: [u64; 3],
     /// See `hot`.
     pub width: u64,
+    /// For so many lines the client stays at one of the hot places, so that the regions of the others are clean; 0: it does not.
+    pub stays: u64,
 }
 
 impl Profile {
@@ -150,6 +152,7 @@ impl Profile {
             behind: [None, None, Some((2, 8)), Some((64, 2048))][rng.below(4) as usize],
             hot,
             width: [2, 6, 24][rng.below(3) as usize].min(64 - 57 + 1),
+            stays: [0, 0, 0, 200][rng.below(4) as usize],
         }
     }
 
@@ -163,7 +166,11 @@ impl Profile {
 pub fn script(seed: u64, profile: &Profile) -> Vec<Line> {
     let mut rng = Rng(seed);
     let lines = 1300 + rng.below(500);
-    (0..lines).map(|_| (action(&mut rng, profile), rng.below(u64::MAX))).collect()
+    let at = |line: u64| match line.checked_div(profile.stays) {
+        Some(phase) => Profile { hot: [profile.hot[(phase % 3) as usize]; 3], ..*profile },
+        None => *profile,
+    };
+    (0..lines).map(|line| (action(&mut rng, &at(line)), rng.below(u64::MAX))).collect()
 }
 
 fn action(rng: &mut Rng, profile: &Profile) -> Action {
