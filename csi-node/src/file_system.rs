@@ -6,14 +6,19 @@
 //! ```
 //! The record is the object's, and each leg's from the moment that mkfs is done (`formatted.rs`).
 
-use std::{fs::File, path::Path};
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+};
 
-use lockstep_datapath::isolated;
+use lockstep_datapath::errand::{self, Errand};
 use lockstep_proto::objects::{FormatState, FormatStatus, FsType};
+use serde::{Deserialize, Serialize};
 use tracing::info;
 
 use crate::{
-    disks::probe::{self, Found, ProbeError, Signature},
+    disks::probe::{self, Found, Signature},
     error::Error,
     tool,
 };
@@ -28,23 +33,31 @@ pub fn name(fs_type: FsType) -> &'static str {
 
 /// What is on a device: type and UUID. `None`: no signature at all. Blocks.
 fn signature(device: &Path) -> Result<Option<(String, String)>, Error> {
-    let device = device.to_owned();
-    // It is read here, and this process serves it.
-    isolated(move || signature_here(&device))
+    let looked = errand::send(Look { device: device.to_owned() });
+    looked.and_then(|found| found.map_err(io::Error::other)).map_err(Error::io(format!("reading {}", device.display())))
 }
 
-fn signature_here(device: &Path) -> Result<Option<(String, String)>, Error> {
-    let reading = || Error::io(format!("reading {}", device.display()));
-    let file = File::open(device).map_err(reading())?;
-    match probe::found(device, &file) {
-        Ok(Found::Nothing) => Ok(None),
-        Ok(Found::Several) => Ok(Some(("several signatures".into(), "unknown".into()))),
-        Ok(Found::Signature(Signature { kind, uuid, table, .. })) => {
-            let text = |said: Option<String>| said.unwrap_or_else(|| "unknown".into());
-            Ok(Some((text(kind.or(table)), text(uuid))))
+/// Looks for the signature on a device that csi-node serves.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Look {
+    device: PathBuf,
+}
+
+impl Errand for Look {
+    const NAME: &'static str = "look";
+    type Answer = Result<Option<(String, String)>, String>;
+
+    fn run(self) -> Self::Answer {
+        let file = File::open(&self.device).map_err(|error| error.to_string())?;
+        match probe::found(&self.device, &file) {
+            Ok(Found::Nothing) => Ok(None),
+            Ok(Found::Several) => Ok(Some(("several signatures".into(), "unknown".into()))),
+            Ok(Found::Signature(Signature { kind, uuid, table, .. })) => {
+                let text = |said: Option<String>| said.unwrap_or_else(|| "unknown".into());
+                Ok(Some((text(kind.or(table)), text(uuid))))
+            }
+            Err(error) => Err(error.to_string()),
         }
-        Err(ProbeError::Read(source)) => Err(reading()(source)),
-        Err(ProbeError::Tool(error)) => Err(error.into()),
     }
 }
 

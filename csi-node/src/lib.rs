@@ -40,3 +40,8 @@ pub mod state_dir;
 mod tombstone;
 pub mod tool;
 mod usage;
+
+use lockstep_datapath::errand::Handler;
+
+/// What csi-node does in processes of its own, because it may wait for a volume that csi-node serves. The tools (`tool.rs`) are such processes too.
+pub const ERRANDS: [Handler; 3] = [Handler::of::<mounts::Unmount>(), Handler::of::<file_system::Look>(), Handler::of::<usage::StatFs>()];

@@ -78,6 +78,7 @@ fn main() -> anyhow::Result<()> {
     // A dump of core waits for every thread, and one that unmounts a volume waits for this very process: it would never end. Nor is what volumes hold
     // for a dump.
     rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
+    lockstep_datapath::errand::serve(&lockstep_csi_node::ERRANDS);
     let Args { endpoint, node_name, config, state_dir, objects, fuse_holder, datapath_threads } = Args::parse();
     logging::init()?;
     anyhow::ensure!(

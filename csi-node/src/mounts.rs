@@ -7,11 +7,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use lockstep_datapath::{bind_read_only, isolated};
+use lockstep_datapath::{
+    bind_read_only,
+    errand::{self, Errand, Said},
+};
 use rustix::{
     io::Errno,
     mount::{MountFlags, UnmountFlags, mount_bind, mount_remount, unmount},
 };
+use serde::{Deserialize, Serialize};
 
 /// One line of `/proc/self/mountinfo`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -107,12 +111,13 @@ pub fn bind(from: &Path, to: &Path, read_only: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Unmounts everything that is mounted at this path. Nothing there: nothing done.
+/// Unmounts everything that is mounted at this path. Nothing there: nothing done. Blocks until what has to be written back is: csi-node can be killed
+/// meanwhile.
 ///
 /// # Errors
 /// EBUSY among them.
 pub fn unmount_all(path: &Path) -> io::Result<()> {
-    unmount_with(path, UnmountFlags::NOFOLLOW)
+    unmount_with(path, false)
 }
 
 /// As `unmount_all`, also if it is in use or what serves it is dead.
@@ -120,24 +125,36 @@ pub fn unmount_all(path: &Path) -> io::Result<()> {
 /// # Errors
 /// What the kernel says.
 pub fn unmount_lazily(path: &Path) -> io::Result<()> {
-    unmount_with(path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)
+    unmount_with(path, true)
 }
 
-fn unmount_with(path: &Path, flags: UnmountFlags) -> io::Result<()> {
-    let path = path.to_owned();
-    // What is written back meanwhile goes through this very process.
-    isolated(move || unmount_here(&path, flags))
-}
-
-fn unmount_here(path: &Path, flags: UnmountFlags) -> io::Result<()> {
+fn unmount_with(path: &Path, lazily: bool) -> io::Result<()> {
+    // One mount is one errand: whoever comes after a csi-node that was killed may have mounted something there.
     while at(path)?.is_some() {
-        match unmount(path, flags) {
-            // Somebody else was faster.
-            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
-            Err(errno) => return Err(errno.into()),
-        }
+        errand::send(Unmount { path: path.to_owned(), lazily })?.map_err(io::Error::from_raw_os_error)?;
     }
     Ok(())
+}
+
+/// Unmounts what is mounted topmost.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Unmount {
+    path: PathBuf,
+    lazily: bool,
+}
+
+impl Errand for Unmount {
+    const NAME: &'static str = "unmount";
+    type Answer = Said<()>;
+
+    fn run(self) -> Said<()> {
+        let lazily = if self.lazily { UnmountFlags::DETACH } else { UnmountFlags::empty() };
+        match unmount(&self.path, UnmountFlags::NOFOLLOW | lazily) {
+            // Somebody else was faster.
+            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
+            Err(errno) => Err(errno.raw_os_error()),
+        }
+    }
 }
 
 #[cfg(test)]

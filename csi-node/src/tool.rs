@@ -2,6 +2,7 @@
 
 use std::{
     ffi::OsStr,
+    os::unix::process::CommandExt,
     process::{Command, Stdio},
 };
 
@@ -47,7 +48,10 @@ impl ToolError {
 pub fn run<A: AsRef<OsStr>>(program: &'static str, args: impl IntoIterator<Item = A>) -> Result<String, ToolError> {
     let args: Vec<_> = args.into_iter().map(|arg| arg.as_ref().to_owned()).collect();
     tracing::debug!(program, ?args, "running");
-    let output = Command::new(program).args(&args).stdin(Stdio::null()).output().map_err(|source| ToolError::Start { program, source })?;
+    let mut command = Command::new(program);
+    // A group of its own: what ends csi-node's whole group does not end it in the middle.
+    command.args(&args).process_group(0).stdin(Stdio::null());
+    let output = command.output().map_err(|source| ToolError::Start { program, source })?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
     if output.status.success() {
         return Ok(text(&output.stdout));

@@ -1,15 +1,18 @@
 //! NodeGetVolumeStats and NodeExpandVolume: how full a volume is, and how it grows while it is used.
 
 use std::{
+    io,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use lockstep_datapath::errand::{self, Errand, Said};
 use lockstep_proto::{
     csi::{VolumeUsage, volume_usage::Unit},
     objects::VolumeMode,
 };
 use lockstep_store::Store;
+use serde::{Deserialize, Serialize};
 use tracing::info;
 
 use crate::{
@@ -22,6 +25,33 @@ use crate::{
 
 fn signed(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// Asks a mounted file system how full it is.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct StatFs {
+    path: PathBuf,
+}
+
+/// In all, available, used.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Usage {
+    bytes: [u64; 3],
+    inodes: [u64; 3],
+}
+
+impl Errand for StatFs {
+    const NAME: &'static str = "statfs";
+    type Answer = Said<Usage>;
+
+    fn run(self) -> Said<Usage> {
+        let stat = rustix::fs::statvfs(&self.path).map_err(|errno| errno.raw_os_error())?;
+        let blocks = [stat.f_blocks, stat.f_bavail, stat.f_blocks.saturating_sub(stat.f_bfree)];
+        Ok(Usage {
+            bytes: blocks.map(|blocks| blocks.saturating_mul(stat.f_frsize)),
+            inodes: [stat.f_files, stat.f_favail, stat.f_files.saturating_sub(stat.f_ffree)],
+        })
+    }
 }
 
 impl<S: Store> Node<S> {
@@ -49,20 +79,16 @@ impl<S: Store> Node<S> {
             return Ok(vec![VolumeUsage { unit: Unit::Bytes.into(), total: signed(total), ..VolumeUsage::default() }]);
         }
         blocking(&id, move || {
-            let at = path.clone();
-            let stat = lockstep_datapath::isolated(move || rustix::fs::statvfs(&at))
-                .map_err(|errno| Error::io(format!("statfs {}", path.display()))(errno.into()))?;
-            let bytes = |blocks: u64| signed(blocks.saturating_mul(stat.f_frsize));
-            let used = stat.f_blocks.saturating_sub(stat.f_bfree);
-            let inodes = VolumeUsage {
-                unit: Unit::Inodes.into(),
-                total: signed(stat.f_files),
-                available: signed(stat.f_favail),
-                used: signed(stat.f_files.saturating_sub(stat.f_ffree)),
+            let failed = || Error::io(format!("statfs {}", path.display()));
+            let used = errand::send(StatFs { path: path.clone() }).map_err(failed())?;
+            let Usage { bytes, inodes } = used.map_err(|errno| failed()(io::Error::from_raw_os_error(errno)))?;
+            let unit = |unit: Unit, [total, available, used]: [u64; 3]| VolumeUsage {
+                unit: unit.into(),
+                total: signed(total),
+                available: signed(available),
+                used: signed(used),
             };
-            let bytes =
-                VolumeUsage { unit: Unit::Bytes.into(), total: bytes(stat.f_blocks), available: bytes(stat.f_bavail), used: bytes(used) };
-            Ok(vec![bytes, inodes])
+            Ok(vec![unit(Unit::Bytes, bytes), unit(Unit::Inodes, inodes)])
         })
         .await
     }

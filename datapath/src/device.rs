@@ -7,18 +7,28 @@ use std::{
         unix::fs::OpenOptionsExt,
     },
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use serde::{Deserialize, Serialize};
 
 use crate::{
     abi::{
         fuse,
         loop_device::{self, LoopDevice},
     },
+    errand::{self, Errand, Handler, Said},
     error::{Context, Error},
     isolated::isolated,
 };
+
+/// What of all this is done by a process of its own: it waits for the device, which is served.
+pub(crate) const ERRANDS: [Handler; 2] = [Handler::of::<RefreshSize>(), Handler::of::<Detach>()];
+/// How long a file system that was unmounted may take to let go of its device.
+const LET_GO: Duration = Duration::from_secs(10);
+/// How often a device that is in use is tried again.
+const AGAIN: Duration = Duration::from_millis(100);
 
 /// How a volume's loop device is marked.
 fn mark(name: &str) -> String {
@@ -90,12 +100,7 @@ impl Mount {
 
     /// Makes the kernel see the file's new size, and then the device. Blocks until the datapath serves it.
     pub(crate) fn refresh_size(&self, device: &LoopDevice) -> Result<(), Error> {
-        let (mount, device) = (self.clone(), device.clone());
-        isolated(move || {
-            // A stat brings the new size into the kernel's inode; the loop device takes it from there.
-            mount.open()?.metadata().context(|| "reading the device's new size".into())?;
-            device.refresh_size().context(|| format!("growing {}", device.path().display()))
-        })
+        send(RefreshSize { file: self.path.clone(), device: device.clone() }).context(|| format!("growing {}", device.path().display()))
     }
 
     /// Unmounts it, also if somebody still has it open. Not mounted any more: fine.
@@ -114,10 +119,59 @@ fn remove_file(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// Detaches a device. In use: it goes with its last user. Blocks.
+/// `Mount::refresh_size`.
+#[derive(Serialize, Deserialize)]
+struct RefreshSize {
+    file: PathBuf,
+    device: LoopDevice,
+}
+
+impl Errand for RefreshSize {
+    const NAME: &'static str = "refresh-size";
+    type Answer = Said<()>;
+
+    fn run(self) -> Said<()> {
+        // A stat brings the new size into the kernel's inode; the loop device takes it from there.
+        std::fs::metadata(&self.file).and_then(|_| self.device.refresh_size()).map_err(|error| errand::number(&error))
+    }
+}
+
+/// `detach`.
+#[derive(Serialize, Deserialize)]
+struct Detach {
+    device: LoopDevice,
+}
+
+impl Errand for Detach {
+    const NAME: &'static str = "detach";
+    type Answer = Said<()>;
+
+    fn run(self) -> Said<()> {
+        self.device.detach_unmounted().map_err(|error| errand::number(&error))
+    }
+}
+
+fn send(errand: impl Errand<Answer = Said<()>>) -> std::io::Result<()> {
+    errand::send(errand)?.map_err(std::io::Error::from_raw_os_error)
+}
+
+/// Detaches a device that no file system is on any more; one that was unmounted a moment ago is waited for. Otherwise in use: it goes with its last
+/// user. Blocks until the datapath serves it.
 pub(crate) fn detach(device: &LoopDevice) -> Result<(), Error> {
-    let device = device.clone();
-    isolated(move || device.detach().context(|| format!("detaching {}", device.path().display())))
+    let deadline = Instant::now() + LET_GO;
+    loop {
+        match send(Detach { device: device.clone() }) {
+            Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy && Instant::now() < deadline => std::thread::sleep(AGAIN),
+            done => {
+                return done.context(|| {
+                    format!(
+                        "detaching {}, which no file system may be on any more, mounted or still being unmounted",
+                        device.path().display()
+                    )
+                });
+            }
+        }
+    }
 }
 
 /// The mount and the loop device that a process before this one made. `None`: they are not there. Touches neither: nobody serves them yet.

@@ -1,4 +1,5 @@
-//! Work on a device that this very process serves.
+//! Work on a device that this very process serves and nobody else has a descriptor of: the holder is not given it yet, or not any more. With a holder
+//! it is a child's work (`errand`).
 //!
 //! A thread that waits for such a device waits for its own process. Killed then, the process would never end: its descriptors, `/dev/fuse`
 //! among them, stay open as long as that thread waits; so the kernel never aborts the device's requests; so the thread waits on. (Seen:

@@ -9,13 +9,14 @@
 //! is bounded and allocated once a thread, but for disks that hang (`buffers.rs`); a mirror that panics fails alone.
 //!
 //! What may block - opening and fencing legs, mounting, loop devices - happens on the caller's blocking pool, never on a datapath thread; what
-//! may wait for a device that this process serves, on a thread without its descriptors (`isolated`).
+//! may wait for a device that this process serves, in a process of its own (`errand`).
 
 mod abi;
 mod buffers;
 mod compare;
 mod connection;
 mod disk_queue;
+pub mod errand;
 mod error;
 mod fence;
 mod isolated;
@@ -30,7 +31,6 @@ mod handle;
 pub use device::kernel_can_resend;
 pub use error::Error;
 pub use handle::{Datapath, LegPath, Settings, Volume, VolumeSpec};
-pub use isolated::isolated;
 pub use leg::{create_leg, create_witness, extend_leg};
 pub use lockstep_core as core;
 pub use lockstep_fuse_holder::{Error as HolderError, Holder};

@@ -179,7 +179,6 @@ impl<S: Store> Node<S> {
     /// # Errors
     /// The datapath's.
     pub(crate) async fn close_mirror(self: &Arc<Self>, open: &Arc<OpenVolume>) -> Result<(), Error> {
-        let device = open.volume.device().to_owned();
         open.closing.send_replace(true);
         let task = open.looked_after.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(task) = task
@@ -194,11 +193,7 @@ impl<S: Store> Node<S> {
         }
         self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&open.uid);
         self.report_closed(open).await;
-        blocking(&open.id, move || {
-            wait_until_released(&device);
-            Ok(())
-        })
-        .await
+        Ok(())
     }
 
     /// Removes the device of a mirror whose csi-node died.

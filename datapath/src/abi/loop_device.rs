@@ -4,10 +4,15 @@
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
+
+use serde::{Deserialize, Serialize};
 
 /// How long a free device is asked for that nobody else has.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -64,8 +69,8 @@ const EMPTY: LoopInfo64 = LoopInfo64 {
     init: [0; 2],
 };
 
-/// An attached loop device. Whatever touches it may wait for who serves its backing file: see `isolated`.
-#[derive(Clone, Debug)]
+/// An attached loop device. Whatever touches it may wait for who serves its backing file: see `errand` and `isolated`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct LoopDevice {
     path: PathBuf,
 }
@@ -166,11 +171,19 @@ impl LoopDevice {
 
     /// Detaches it. In use: the kernel does so when the last user is gone. Not attached any more: fine.
     pub(crate) fn detach(&self) -> io::Result<()> {
-        let file = open(&self.path)?;
-        // SAFETY: LOOP_CLR_FD takes no argument.
-        match check(unsafe { libc::ioctl(file.as_raw_fd(), LOOP_CLR_FD, 0) }) {
-            Err(error) if error.raw_os_error() != Some(libc::ENXIO) => Err(error),
-            _ => Ok(()),
-        }
+        clear(&open(&self.path)?)
+    }
+
+    /// The same, but EBUSY if a file system has it.
+    pub(crate) fn detach_unmounted(&self) -> io::Result<()> {
+        clear(&OpenOptions::new().read(true).write(true).custom_flags(libc::O_EXCL).open(&self.path)?)
+    }
+}
+
+fn clear(device: &File) -> io::Result<()> {
+    // SAFETY: LOOP_CLR_FD takes no argument.
+    match check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CLR_FD, 0) }) {
+        Err(error) if error.raw_os_error() != Some(libc::ENXIO) => Err(error),
+        _ => Ok(()),
     }
 }

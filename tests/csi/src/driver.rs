@@ -150,6 +150,11 @@ impl Driver {
         (self.dir.join("node.sock"), self.dir.join("controller.sock"))
     }
 
+    /// csi-node's process.
+    pub fn node_pid(&self) -> u32 {
+        self.node.as_ref().expect("csi-node runs").id()
+    }
+
     /// SIGKILL for csi-node, and its end.
     pub fn kill_node(&mut self) {
         let mut node = self.node.take().expect("csi-node runs");

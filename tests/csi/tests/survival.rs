@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -12,6 +13,7 @@ use lockstep_csi_tests::{
     lab::{Lab, identical, text},
     load,
 };
+use lockstep_native::faulty::Faults;
 
 const MIB: u64 = 1 << 20;
 
@@ -95,6 +97,69 @@ async fn csi_node_is_killed_while_a_disk_hangs_and_the_other_disk_serves() {
         status.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.reason == "Healthy").then_some(())
     })
     .await;
+    copies_are_equal(&driver, &place).await;
+    driver.stop();
+}
+
+/// The child of a process that was started for this errand.
+fn errand(of: u32, name: &str) -> Option<PathBuf> {
+    let processes = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    processes.into_iter().find(|process| {
+        let stat = fs::read_to_string(process.join("stat")).unwrap_or_default();
+        let parent = stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(1)?.parse::<u32>().ok());
+        parent == Some(of) && fs::read(process.join("cmdline")).is_ok_and(|line| line.starts_with(name.as_bytes()))
+    })
+}
+
+/// Whether a process of `/proc` is over, reaped or not.
+fn ended(process: &Path) -> bool {
+    let stat = fs::read_to_string(process.join("stat")).unwrap_or_default();
+    stat.rsplit(") ").next().is_none_or(|rest| rest.is_empty() || rest.starts_with(['Z', 'X']))
+}
+
+fn mounted(path: &Path) -> bool {
+    fs::read_to_string("/proc/self/mounts").unwrap().lines().any(|line| line.split(' ').nth(1) == Some(text(path)))
+}
+
+/// What an unmount writes back goes through csi-node itself. Killed in the middle of that it has to end all the same: who starts the next one may wait
+/// for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn csi_node_that_is_killed_while_it_unmounts_ends_at_once_and_the_next_one_finishes_it() {
+    let mut lab = Lab::new(0, 0);
+    let mut disks = [lab.add_faulty_disk(1500, 1).1, lab.add_faulty_disk(1500, 2).1];
+    let mut driver = Driver::start(&lab).await;
+    driver.use_holder().await;
+    let place = volume(&lab, &driver, "files", 512 * MIB, Some("ext4")).await;
+    place.up(&driver.client).await.unwrap();
+    let file = place.target.join("file");
+    let content: Vec<u8> = (0..64 * MIB).map(|at| (at / 4096 % 251) as u8).collect();
+    fs::write(&file, &content).unwrap();
+    driver.client.unpublish(&place.id, &place.target).await.unwrap();
+    // Each step of the writing back takes a while from now on, and nothing takes long.
+    disks.iter_mut().for_each(|disk| disk.arm(Faults { late: 1, late_millis: 150, ..Faults::default() }));
+    let (client, staged) = (driver.client.clone(), place.clone());
+    let unstaging = tokio::spawn(async move { client.unstage(&staged.id, &staged.staging).await });
+    until("not in the list of mounts any more", || async { (!mounted(&place.staging)).then_some(()) }).await;
+    let unmounting = errand(driver.node_pid(), "unmount");
+    let killed = Instant::now();
+    driver.kill_node();
+    let took = killed.elapsed();
+    println!("figure: csi-node that was killed in an unmount ended after {took:.1?}");
+    assert!(took < Duration::from_secs(2), "it did not end at once: {took:?}");
+    unstaging.await.unwrap().unwrap_err();
+    let unmounting = unmounting.expect("a process of its own unmounts");
+    assert!(!ended(&unmounting), "nothing was left to write: this shows nothing");
+    let open: Vec<_> = fs::read_dir(unmounting.join("fd")).unwrap().flatten().flat_map(|fd| fs::read_link(fd.path())).collect();
+    let its_parents =
+        |path: &&PathBuf| path.starts_with(lab.path("")) || ["/dev/fuse", "anon_inode:"].iter().any(|of| text(path).starts_with(of));
+    assert_eq!(open.iter().filter(its_parents).count(), 0, "it has {open:?} open");
+
+    driver.start_node().await;
+    place.down(&driver.client).await.unwrap();
+    until("an end of the unmount", || async { ended(&unmounting).then_some(()) }).await;
+    disks.iter_mut().for_each(lockstep_native::faulty::FaultyDisk::release);
+    place.up(&driver.client).await.unwrap();
+    assert!(fs::read(&file).unwrap() == content, "what was written before the unmount is not there");
     copies_are_equal(&driver, &place).await;
     driver.stop();
 }

@@ -20,6 +20,7 @@ fn specs(mut args: impl Iterator<Item = String>) -> Result<Vec<VolumeSpec>, Box<
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
+    lockstep_datapath::errand::serve(&[]);
     tracing_subscriber::fmt().with_env_filter("warn").with_writer(std::io::stderr).init();
     let specs = specs(std::env::args().skip(1))?;
     tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?.block_on(async {
