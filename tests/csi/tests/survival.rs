@@ -2,7 +2,8 @@
 #![allow(missing_docs)]
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::Write,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -161,5 +162,80 @@ async fn csi_node_that_is_killed_while_it_unmounts_ends_at_once_and_the_next_one
     place.up(&driver.client).await.unwrap();
     assert!(fs::read(&file).unwrap() == content, "what was written before the unmount is not there");
     copies_are_equal(&driver, &place).await;
+    driver.stop();
+}
+
+/// Writes numbers and syncs each, until that fails: the last one that was synced, and the error.
+fn numbers_until_an_error(path: &Path) -> std::thread::JoinHandle<(u64, std::io::Error)> {
+    let path = path.to_owned();
+    std::thread::spawn(move || {
+        let mut synced = 0;
+        loop {
+            let write = || -> std::io::Result<()> {
+                let mut file = File::options().create(true).append(true).open(&path)?;
+                file.write_all(&(synced + 1_u64).to_le_bytes())?;
+                file.sync_all()
+            };
+            match write() {
+                Ok(()) => synced += 1,
+                Err(error) => return (synced, error),
+            }
+        }
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_holder_dies_alone_unnoticed_and_with_csi_node_io_ends_with_an_error_and_nothing_that_was_fsynced_is_lost() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    driver.use_holder().await;
+    let place = volume(&lab, &driver, "files", 256 * MIB, Some("ext4")).await;
+    let block = volume(&lab, &driver, "block", 64 * MIB, None).await;
+    for place in [&place, &block] {
+        place.up(&driver.client).await.unwrap();
+    }
+    let numbers = place.target.join("numbers");
+    let writer = numbers_until_an_error(&numbers);
+
+    // Alone, and there is another one before csi-node dies.
+    driver.kill_holder();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    first_write(&block, 0);
+    driver.start_holder();
+    until("the new holder has all", || async {
+        fs::read_to_string(driver.node_log()).unwrap().contains("the FUSE holder is back").then_some(())
+    })
+    .await;
+    driver.kill_node();
+    driver.start_node().await;
+    first_write(&block, 1);
+    assert!(!writer.is_finished(), "somebody noticed: {:?}", writer.join());
+
+    // Both.
+    driver.kill_holder();
+    driver.kill_node();
+    let killed = Instant::now();
+    until("an error", || async { writer.is_finished().then_some(()) }).await;
+    println!("figure: users of a volume without csi-node and holder got an error after {:.1?}", killed.elapsed());
+    let (synced, error) = writer.join().unwrap();
+    let raw = [libc::EIO, libc::EROFS];
+    assert!(error.raw_os_error().is_some_and(|errno| raw.contains(&errno)), "{error}");
+    assert!(synced > 0, "nothing was synced: this shows nothing");
+    let device = File::open(&block.target).and_then(|device| std::os::unix::fs::FileExt::read_at(&device, &mut [0; 4096], 32 << 20));
+    assert_eq!(device.unwrap_err().raw_os_error(), Some(libc::EIO));
+
+    driver.start_holder();
+    driver.start_node().await;
+    for place in [&place, &block] {
+        place.down(&driver.client).await.unwrap();
+        place.up(&driver.client).await.unwrap();
+    }
+    let found = fs::read(&numbers).unwrap();
+    let found: Vec<u64> = found.chunks_exact(8).map(|number| u64::from_le_bytes(number.try_into().unwrap())).collect();
+    assert!(found.len() as u64 >= synced && found.iter().zip(1..=synced).all(|(found, wanted)| *found == wanted), "{synced} were synced");
+    for place in [&place, &block] {
+        copies_are_equal(&driver, place).await;
+    }
+    assert_eq!(lab.left_over().iter().filter(|left| left.contains("staging")).count(), 0);
     driver.stop();
 }
