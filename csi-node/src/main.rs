@@ -11,7 +11,7 @@ use clap::Parser;
 use lockstep_csi_node::{
     config::Config,
     disks::Disks,
-    lease,
+    lease, mounts,
     node::Node,
     rpc::{Identity, NodeService},
     state_dir::StateDir,
@@ -90,6 +90,7 @@ fn main() -> anyhow::Result<()> {
     let holder = fuse_holder.as_deref().map(find_holder).transpose()?;
     let before_is_dying = holder.as_ref().is_some_and(|holder| holder.before_is_dying());
     let state = Arc::new(StateDir::open(&state_dir, before_is_dying)?);
+    mounts::must_reach_the_host(&state.run())?;
     if before_is_dying {
         // It will never answer there.
         endpoint.take_away()?;

@@ -17,9 +17,13 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::error::Error;
+
 /// One line of `/proc/self/mountinfo`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
+    /// Its number: no other mount in any mount namespace has it.
+    id: u32,
     /// Device number of the file system.
     pub dev: (u32, u32),
     /// What of the file system is mounted.
@@ -28,6 +32,8 @@ pub struct Mount {
     pub point: PathBuf,
     /// Mounted read-only here.
     pub read_only: bool,
+    /// Which mounts get what is mounted below this one: the number that they have in common.
+    pub peers: Option<u32>,
     /// The file system's type.
     pub fs_type: String,
     /// What it was mounted from.
@@ -56,15 +62,20 @@ fn unescape(field: &str) -> PathBuf {
 
 fn parse(line: &str) -> Option<Mount> {
     let (left, right) = line.split_once(" - ")?;
-    let mut left = left.split(' ').skip(2);
+    let mut left = left.split(' ');
+    let id = left.next()?.parse().ok()?;
+    let mut left = left.skip(1);
     let (major, minor) = left.next()?.split_once(':')?;
     let (root, point, options) = (left.next()?, left.next()?, left.next()?);
+    let peers = left.find_map(|field| field.strip_prefix("shared:")?.parse().ok());
     let mut right = right.split(' ');
     Some(Mount {
+        id,
         dev: (major.parse().ok()?, minor.parse().ok()?),
         root: unescape(root),
         point: unescape(point),
         read_only: options.split(',').any(|option| option == "ro"),
+        peers,
         fs_type: right.next()?.to_owned(),
         source: unescape(right.next()?),
     })
@@ -75,7 +86,41 @@ fn parse(line: &str) -> Option<Mount> {
 /// # Errors
 /// If `/proc` is not there.
 pub fn list() -> io::Result<Vec<Mount>> {
-    Ok(std::fs::read_to_string("/proc/self/mountinfo")?.lines().filter_map(parse).collect())
+    list_of("self")
+}
+
+fn list_of(process: &str) -> io::Result<Vec<Mount>> {
+    let lines = std::fs::read_to_string(Path::new("/proc").join(process).join("mountinfo"))?;
+    Ok(lines.lines().filter_map(parse).collect())
+}
+
+/// What is mounted below `path` must be mounted for the host too: pods would not see it otherwise, and it would be gone with this process's mount
+/// namespace. The path need not be there.
+///
+/// # Errors
+/// `Error::Precondition` if it would not be.
+pub fn must_reach_the_host(path: &Path) -> Result<(), Error> {
+    let own = list().map_err(Error::io("reading the mounts"))?;
+    // A container that does not see the host's processes takes its own first one for the host's, and cannot tell.
+    let Ok(host) = list_of("1") else { return Ok(()) };
+    let peers = holding(&own, path).and_then(|mount| mount.peers);
+    let same_namespace = host.iter().any(|mount| own.first().is_some_and(|own| own.id == mount.id));
+    if same_namespace || peers.is_some() && host.iter().any(|mount| mount.peers == peers) {
+        return Ok(());
+    }
+    Err(Error::Precondition(format!(
+        "{} is not on a mount that csi-node's mount namespace shares with the host: no pod would see what csi-node mounts there, and it would be gone with \
+         csi-node. In a pod, give the hostPath volume that it is on mountPropagation: Bidirectional, and see that it is on a shared mount of the host \
+         (findmnt -o TARGET,PROPAGATION; mount --make-rshared /); as a service, let csi-node have the host's mount namespace (no PrivateMounts, \
+         PrivateTmp, ProtectSystem and the like)",
+        path.display()
+    )))
+}
+
+/// The mount that a path is on.
+fn holding<'a>(mounts: &'a [Mount], path: &Path) -> Option<&'a Mount> {
+    // Of several at one place, the last one is on top.
+    mounts.iter().filter(|mount| path.starts_with(&mount.point)).max_by_key(|mount| mount.point.components().count())
 }
 
 /// What is mounted at exactly this path, topmost. Never touches the path itself: what serves it may be dead.
@@ -167,7 +212,17 @@ mod tests {
         let mount = parse(line).unwrap();
         assert_eq!((mount.dev, mount.read_only, mount.fs_type.as_str()), ((7, 3), true, "xfs"));
         assert_eq!((mount.root, mount.point, mount.source), ("/a b".into(), r"/mnt/x\y".into(), "/dev/loop3".into()));
+        assert_eq!(mount.peers, Some(1));
+        assert_eq!(parse("52 29 7:3 / /mnt rw master:1 - xfs /dev/loop3 rw").unwrap().peers, None);
         assert_eq!(parse("nonsense"), None);
+    }
+
+    #[test]
+    fn a_path_is_on_the_innermost_mount_and_there_on_the_last_one() {
+        let lines = ["1 0 0:1 / / rw - a a rw", "2 1 0:2 / /m rw - a a rw", "3 2 0:3 / /m rw - a a rw", "4 3 0:4 / /m/x rw - a a rw"];
+        let mounts: Vec<Mount> = lines.iter().filter_map(|line| parse(line)).collect();
+        let found = |path: &str| holding(&mounts, Path::new(path)).unwrap().dev.1;
+        assert_eq!([found("/m/x/y"), found("/m/xy"), found("/m"), found("/n")], [4, 3, 3, 1]);
     }
 
     #[test]

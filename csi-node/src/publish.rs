@@ -59,6 +59,7 @@ impl<S: Store> Node<S> {
     ) -> Result<(), Error> {
         let volume = self.volume(&id).await?;
         access.fits(&volume)?;
+        mounts::must_reach_the_host(&target)?;
         let staged = self.staged_and_alive(&id)?;
         if staged.staging_path != staging {
             let text = format!("{id} is staged at {}, not at {}", staged.staging_path.display(), staging.display());

@@ -35,6 +35,7 @@ impl<S: Store> Node<S> {
     pub(crate) async fn stage(self: Arc<Self>, id: String, path: PathBuf, access: Access) -> Result<(), Error> {
         let volume = self.volume(&id).await?;
         let wanted = wanted(&volume, &path, &access)?;
+        mounts::must_reach_the_host(&path)?;
         if let Some(before) = staged::of(&self.state, &id)? {
             if let Some(open) = self.open_volume(&before.uid) {
                 already(&before, &wanted)?;

@@ -34,6 +34,8 @@ pub struct Driver {
     dir: PathBuf,
     /// csi-node's PATH.
     programs: OsString,
+    /// What starts csi-node, with its arguments.
+    starter: Vec<String>,
 }
 
 /// A binary that was built beside this one, or, for a test, one directory up.
@@ -45,10 +47,15 @@ fn program(name: &str) -> PathBuf {
 
 /// Ends with us, whatever happens to us; its log is appended to a file.
 fn start(name: &str, log: &Path, programs: &OsStr, args: &[&str]) -> Child {
+    start_by(&[], name, log, programs, args)
+}
+
+/// The same, by another program, which becomes this one.
+fn start_by(starter: &[String], name: &str, log: &Path, programs: &OsStr, args: &[&str]) -> Child {
     let log = fs::File::options().create(true).append(true).open(log).expect("a log");
     let mut command = Command::new("setpriv");
     command.env("PATH", programs);
-    command.args(["--pdeathsig", "KILL"]).arg(program(name)).args(args);
+    command.args(["--pdeathsig", "KILL"]).args(starter).arg(program(name)).args(args);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
@@ -73,7 +80,7 @@ impl Driver {
         let client = Client::new(&dir.join("node.sock"), &dir.join("controller.sock"));
         let store = Directory::open(dir.join("objects")).expect("a directory of objects");
         let programs = std::env::var_os("PATH").unwrap_or_default();
-        let mut driver = Self { node: None, controller: None, holder: None, client, store, dir, programs };
+        let mut driver = Self { node: None, controller: None, holder: None, client, store, dir, programs, starter: Vec::new() };
         driver.start_node().await;
         driver.start_controller().await;
         // Ready is who answers; what the disks are is said a moment later.
@@ -112,8 +119,33 @@ impl Driver {
         self.programs = std::env::join_paths(first.chain(std::env::split_paths(&system))).expect("a PATH");
     }
 
+    /// From its next start on, csi-node is started by this program, which becomes it.
+    pub fn start_node_by(&mut self, starter: &[&str]) {
+        self.starter = starter.iter().map(|arg| (*arg).to_owned()).collect();
+    }
+
     /// Starts csi-node.
     pub async fn start_node(&mut self) {
+        self.spawn_node();
+        let client = &self.client;
+        until("a node that is ready", || async { client.node_ready().await.then_some(()) }).await;
+    }
+
+    /// Starts a csi-node that is to end by itself, with an error: what its log says since.
+    pub fn start_node_in_vain(&mut self) -> String {
+        let before = fs::read_to_string(self.node_log()).unwrap_or_default().len();
+        self.spawn_node();
+        let mut node = self.node.take().expect("it was started");
+        let deadline = Instant::now() + PATIENCE;
+        while node.try_wait().expect("it was started").is_none() {
+            assert!(Instant::now() < deadline, "csi-node does not end");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(!node.wait().expect("it ended").success(), "it ended without an error");
+        fs::read_to_string(self.node_log()).expect("a log")[before..].to_owned()
+    }
+
+    fn spawn_node(&mut self) {
         let (endpoint, config, state, objects) =
             (format!("unix://{}", self.at("node.sock")), self.at("node.yaml"), self.at("state"), self.at("objects"));
         let mut args =
@@ -122,9 +154,7 @@ impl Driver {
         if self.holder.is_some() {
             args.extend(["--fuse-holder", &holder]);
         }
-        self.node = Some(start("csi-node", &self.node_log(), &self.programs, &args));
-        let client = &self.client;
-        until("a node that is ready", || async { client.node_ready().await.then_some(()) }).await;
+        self.node = Some(start_by(&self.starter, "csi-node", &self.node_log(), &self.programs, &args));
     }
 
     /// Starts csi-controller.
