@@ -28,6 +28,7 @@ mod file_system;
 mod formatted;
 pub mod lease;
 pub mod legs;
+pub mod memory;
 pub mod mirror;
 pub mod mounts;
 pub mod node;

@@ -11,7 +11,7 @@ use clap::Parser;
 use lockstep_csi_node::{
     config::Config,
     disks::Disks,
-    lease, mounts,
+    lease, memory, mounts,
     node::Node,
     rpc::{Identity, NodeService},
     state_dir::StateDir,
@@ -81,6 +81,7 @@ fn main() -> anyhow::Result<()> {
     lockstep_datapath::errand::serve(&lockstep_csi_node::ERRANDS);
     let Args { endpoint, node_name, config, state_dir, objects, fuse_holder, datapath_threads } = Args::parse();
     logging::init()?;
+    memory::lock();
     anyhow::ensure!(
         lockstep_store::is_name(&node_name),
         "--node-name {node_name:?} is not a node's name: lower-case letters, digits, '-' and '.', as in `kubectl get nodes`"

@@ -6,6 +6,7 @@
 //!                          |                     |  csi-node is gone: the count stays
 //!                          +--> three: refused, until a person lifts it
 //! ```
+//! A SIGKILL counts too: that is how an assembly ends which takes all memory, and nothing tells it from a person's.
 
 use std::{
     collections::BTreeMap,
