@@ -102,6 +102,7 @@ pub fn format(device: &Path, fs_type: FsType, uuid: &str, again: bool) -> Result
         FsType::Xfs => ("mkfs.xfs", vec!["-q", "-K", "-m", &xfs_uuid]),
     };
     tool::run(program, args.into_iter().map(Path::new).chain([device]))?;
+    info!(device = %device.display(), "formatted");
     Ok(())
 }
 

@@ -12,7 +12,7 @@ use std::{
 use lockstep_datapath::Datapath;
 use lockstep_proto::objects::{MirrorVolume, MirrorVolumeStatus};
 use lockstep_store::Store;
-use tokio::sync::Notify;
+use tokio::{sync::Notify, task::JoinSet};
 
 use crate::{disks::Disks, error::Error, mirror::OpenVolume, quarantine::Assemblies, state_dir::StateDir};
 
@@ -153,20 +153,22 @@ impl<S: Store> Node<S> {
     /// still in use wait for the next one, or end with the process if nobody holds them; the dirty bits tell the next one what may differ.
     pub async fn flush_all(&self) {
         let open: Vec<_> = self.open.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
-        for open in open {
+        let held = self.datapath.has_holder();
+        let flushes = open.into_iter().map(|open| async move {
             let device = open.volume.device().display();
-            if self.datapath.has_holder() {
+            if held {
                 tracing::info!(volume = open.id, %device, "the volume is in use: its device waits for the next csi-node");
             } else {
                 tracing::warn!(volume = open.id, %device, "the volume is in use: its device ends with this process");
             }
-            let flushed = tokio::time::timeout(PATIENCE, open.volume.flush()).await;
-            match flushed {
+            match tokio::time::timeout(PATIENCE, open.volume.flush()).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(volume = open.id, %error, "it could not be flushed"),
                 Err(_) => tracing::warn!(volume = open.id, "it could not be flushed in time"),
             }
-        }
+        });
+        // All at once: on a disk that hangs each takes as long as it may.
+        flushes.collect::<JoinSet<()>>().join_all().await;
         self.assemblies.abandon(&self.state);
     }
 

@@ -19,7 +19,7 @@ use lockstep_core::{
 };
 use lockstep_fuse_holder::Holder;
 use tokio::sync::{Mutex, broadcast, mpsc, oneshot, watch};
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::{
     abi::{fuse, loop_device::LoopDevice},
@@ -151,6 +151,7 @@ impl Datapath {
     pub async fn open(&self, spec: VolumeSpec) -> Result<Volume, Error> {
         let (witness, holder, name) = (spec.witness.clone(), self.holder.clone(), spec.volume.to_string());
         let limits = self.limits;
+        debug!(volume = name, in_use = false, "assembling");
         let kept = holder.clone();
         let opened = blocking(move || open(&spec, kept.as_deref(), limits)).await?;
         let mount = opened.mount.clone();
@@ -197,6 +198,7 @@ impl Datapath {
             let name = spec.volume.to_string();
             let Some(attached) = device::existing(&spec.run_dir, &name)? else { return Ok(None) };
             let Some(fuse) = holder.get(&name)? else { return Ok(None) };
+            debug!(volume = name, in_use = true, "assembling");
             let limit = Duration::from_millis(limits.leg_deadline_millis);
             let before = if holder.before_is_dying() { Before::Dying } else { Before::Ended };
             let legs = fence::open_legs_by(&spec.legs, limit, before);

@@ -191,7 +191,7 @@ impl Rig {
 }
 
 /// Limits what a block device does in a second; 0: no limit. Takes the `blkio` controller of cgroup v1 and throttling.
-fn limit(device: &Path, bytes: u64, operations: u64) -> bool {
+pub fn limit(device: &Path, bytes: u64, operations: u64) -> bool {
     let name = device.file_name().expect("a device");
     let number = fs::read_to_string(Path::new("/sys/block").join(name).join("dev")).expect("the device is there");
     let kinds = [("read_bps", bytes), ("write_bps", bytes), ("read_iops", operations), ("write_iops", operations)];
