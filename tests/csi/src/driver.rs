@@ -39,7 +39,7 @@ pub struct Driver {
 }
 
 /// A binary that was built beside this one, or, for a test, one directory up.
-fn program(name: &str) -> PathBuf {
+pub fn program(name: &str) -> PathBuf {
     let own = std::env::current_exe().expect("our own path");
     let beside = own.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file());
     beside.unwrap_or_else(|| panic!("{name} is not built: cargo build --release -p lockstep-{name}"))
@@ -124,9 +124,25 @@ impl Driver {
         self.starter = starter.iter().map(|arg| (*arg).to_owned()).collect();
     }
 
+    fn node_args(&self) -> Vec<String> {
+        let mut args: Vec<String> = Vec::new();
+        let endpoint = format!("unix://{}", self.at("node.sock"));
+        let pairs = [
+            ("--endpoint", endpoint),
+            ("--node-name", NODE.into()),
+            ("--config", self.at("node.yaml")),
+            ("--state-dir", self.at("state")),
+            ("--objects", self.at("objects")),
+        ];
+        for (name, value) in pairs.into_iter().chain(self.holder.is_some().then(|| ("--fuse-holder", self.at("holder.sock")))) {
+            args.extend([name.to_owned(), value]);
+        }
+        args
+    }
+
     /// Starts csi-node.
     pub async fn start_node(&mut self) {
-        self.spawn_node();
+        self.spawn();
         let client = &self.client;
         until("a node that is ready", || async { client.node_ready().await.then_some(()) }).await;
     }
@@ -134,7 +150,7 @@ impl Driver {
     /// Starts a csi-node that is to end by itself, with an error: what its log says since.
     pub fn start_node_in_vain(&mut self) -> String {
         let before = fs::read_to_string(self.node_log()).unwrap_or_default().len();
-        self.spawn_node();
+        self.spawn();
         let mut node = self.node.take().expect("it was started");
         let deadline = Instant::now() + PATIENCE;
         while node.try_wait().expect("it was started").is_none() {
@@ -145,16 +161,26 @@ impl Driver {
         fs::read_to_string(self.node_log()).expect("a log")[before..].to_owned()
     }
 
-    fn spawn_node(&mut self) {
-        let (endpoint, config, state, objects) =
-            (format!("unix://{}", self.at("node.sock")), self.at("node.yaml"), self.at("state"), self.at("objects"));
-        let mut args =
-            vec!["--endpoint", &endpoint, "--node-name", NODE, "--config", &config, "--state-dir", &state, "--objects", &objects];
-        let holder = self.at("holder.sock");
-        if self.holder.is_some() {
-            args.extend(["--fuse-holder", &holder]);
-        }
+    fn spawn(&mut self) {
+        let args = self.node_args();
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
         self.node = Some(start_by(&self.starter, "csi-node", &self.node_log(), &self.programs, &args));
+    }
+
+    /// Starts this build of csi-node, in a cgroup perhaps, and does not wait for it; what it does to its volumes' metadata is in its log.
+    pub fn spawn_node(&mut self, build: &Path, log: &Path, cgroup: Option<&Path>) {
+        let log = fs::File::options().create(true).append(true).open(log).expect("a log");
+        let enter = cgroup.map_or(String::new(), |cgroup| format!("echo $$ > {}/cgroup.procs && ", text(cgroup)));
+        let mut command = Command::new("sh");
+        command.env("PATH", &self.programs).env("LOCKSTEP_LOG", "info,lockstep_datapath=debug");
+        command.arg("-c").arg(enter + "exec \"$@\"").args(["sh", "setpriv", "--pdeathsig", "KILL"]).arg(build).args(self.node_args());
+        self.node = Some(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("csi-node"));
+    }
+
+    /// csi-node itself, to be ended by somebody else. The client connects anew.
+    pub fn take_node(&mut self) -> Child {
+        self.client = Client::new(&self.dir.join("node.sock"), &self.dir.join("controller.sock"));
+        self.node.take().expect("csi-node runs")
     }
 
     /// Starts csi-controller.
@@ -168,6 +194,11 @@ impl Driver {
         ));
         let client = &self.client;
         until("a controller that is ready", || async { client.controller_ready().await.then_some(()) }).await;
+    }
+
+    /// csi-node's process.
+    pub fn node_id(&self) -> u32 {
+        self.node.as_ref().expect("csi-node runs").id()
     }
 
     /// csi-node's log.
@@ -274,10 +305,10 @@ impl Drop for Driver {
     fn drop(&mut self) {
         // Not stopped: something went wrong.
         let failed = std::thread::panicking() || self.node.is_some() || self.controller.is_some();
-        for mut child in [self.node.take(), self.controller.take()].into_iter().flatten() {
-            drop(child.kill());
-            drop(child.wait());
-        }
+        // The holder first of those that are waited for: csi-node may end only when nothing is asked of its volumes any more.
+        let mut children: Vec<Child> = [self.holder.take(), self.controller.take(), self.node.take()].into_iter().flatten().collect();
+        children.iter_mut().for_each(|child| drop(child.kill()));
+        children.iter_mut().for_each(|child| drop(child.wait()));
         if failed {
             eprintln!("csi-node said:\n{}", fs::read_to_string(self.node_log()).unwrap_or_default());
             eprintln!("csi-controller said:\n{}", fs::read_to_string(self.dir.join("controller.log")).unwrap_or_default());

@@ -8,5 +8,6 @@
 
 pub mod client;
 pub mod driver;
+pub mod kills;
 pub mod lab;
 pub mod load;

@@ -1,8 +1,12 @@
 //! Work for a mounted volume: many writers that overlap, some that verify what they wrote, and a copy of files.
 
 use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::unix::fs::{FileExt, OpenOptionsExt},
     path::Path,
     process::{Child, Command, Stdio},
+    time::Duration,
 };
 
 use crate::lab::text;
@@ -77,5 +81,81 @@ impl Load {
     /// Waits for its end. `false`: it got an error, or read what it did not write.
     pub fn succeeded(mut self) -> bool {
         self.0.wait().expect("fio was started").success()
+    }
+}
+
+/// fio on many devices at once: each slowly, and all that it writes is verified, since nobody overlaps.
+#[derive(Debug)]
+pub struct Many(Child);
+
+/// On the first 8 MiB of each device, for this many seconds.
+pub fn on_many<'a>(devices: impl IntoIterator<Item = &'a Path>, seconds: u32) -> Many {
+    let mut fio = Command::new("fio");
+    fio.args(["--direct=1", "--ioengine=libaio", "--rw=randwrite", "--bs=4k", "--iodepth=2", "--rate_iops=25", "--size=8m"]);
+    fio.args(["--verify=crc32c", "--verify_state_save=0", "--serialize_overlap=1", "--time_based=1", "--group_reporting=1"]);
+    fio.args([&format!("--runtime={seconds}"), "--output-format=json", "--thread"]);
+    for (number, device) in devices.into_iter().enumerate() {
+        fio.arg(format!("--name=v{number}")).arg(format!("--filename={}", text(device)));
+    }
+    Many(fio.stdout(Stdio::piped()).spawn().expect("fio is installed"))
+}
+
+impl Many {
+    /// Waits for its end, and says how long the slowest write took.
+    ///
+    /// # Panics
+    /// If it got an error, or read what it did not write.
+    pub fn slowest_write(self) -> Duration {
+        let ended = self.0.wait_with_output().expect("fio was started");
+        let said = String::from_utf8_lossy(&ended.stdout);
+        assert!(ended.status.success(), "the load saw an error: {said}");
+        // It may have a word to say before.
+        let said: serde_json::Value = serde_json::from_str(&said[said.find('{').expect("JSON")..]).expect("fio's JSON");
+        Duration::from_nanos(said["jobs"][0]["write"]["clat_ns"]["max"].as_u64().expect("a time"))
+    }
+}
+
+const BLOCK: usize = 4096;
+
+/// A device, by direct I/O; what was written is durable.
+#[derive(Debug)]
+pub struct Direct {
+    file: File,
+    /// Has a block where direct I/O takes it.
+    memory: Vec<u8>,
+    skip: usize,
+}
+
+impl Direct {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn open(device: &Path) -> io::Result<Self> {
+        let memory = vec![0; 2 * BLOCK];
+        let skip = memory.as_ptr().align_offset(BLOCK);
+        let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT | libc::O_DSYNC).open(device)?;
+        Ok(Self { file, memory, skip })
+    }
+
+    /// The block that is written and read.
+    pub fn block(&mut self) -> &mut [u8] {
+        &mut self.memory[self.skip..self.skip + BLOCK]
+    }
+
+    /// Writes the block at this byte.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn write(&mut self, at: u64) -> io::Result<()> {
+        self.file.write_all_at(&self.memory[self.skip..self.skip + BLOCK], at)
+    }
+
+    /// Reads the block at this byte.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn read(&mut self, at: u64) -> io::Result<()> {
+        self.file.read_exact_at(&mut self.memory[self.skip..self.skip + BLOCK], at)
     }
 }

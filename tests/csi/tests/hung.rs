@@ -273,15 +273,7 @@ async fn fifty_volumes_lose_a_disk(loss: Loss) {
         until_ready_is(&driver, &place.id, "Healthy").await;
     }
     let seconds = if loss == Loss::ShutDown { 12 } else { 50 };
-    let mut load = Command::new("fio");
-    load.args(["--direct=1", "--ioengine=libaio", "--rw=randwrite", "--bs=4k", "--iodepth=2", "--rate_iops=25", "--size=8m"]);
-    // Nobody overlaps, so that everything is verified.
-    load.args(["--verify=crc32c", "--verify_state_save=0", "--serialize_overlap=1", "--time_based=1", "--group_reporting=1"]);
-    load.args([&format!("--runtime={seconds}"), "--output-format=json", "--thread"]);
-    for (number, place) in places.iter().enumerate() {
-        load.arg(format!("--name=v{number}")).arg(format!("--filename={}", text(&place.target)));
-    }
-    let load = load.stdout(Stdio::piped()).spawn().expect("fio is installed");
+    let load = load::on_many(places.iter().map(|place| place.target.as_path()), seconds);
     tokio::time::sleep(Duration::from_secs(4)).await;
 
     let mut lost = loss.happens(&lab, lost_disk, disk);
@@ -293,12 +285,7 @@ async fn fifty_volumes_lose_a_disk(loss: Loss) {
     if loss != Loss::ShutDown {
         assert!(out_after < DEADLINE * 3 / 2, "{out_after:?}");
     }
-    let ended = load.wait_with_output().unwrap();
-    assert!(ended.status.success(), "the load saw an error: {}", String::from_utf8_lossy(&ended.stdout));
-    let said = String::from_utf8_lossy(&ended.stdout);
-    // It may have a word to say before.
-    let said: serde_json::Value = serde_json::from_str(&said[said.find('{').expect("JSON")..]).expect("fio's JSON");
-    let slowest = Duration::from_nanos(said["jobs"][0]["write"]["clat_ns"]["max"].as_u64().expect("a time"));
+    let slowest = load.slowest_write();
     println!("figure: {loss:?}: {VOLUMES} volumes degraded after {out_after:.1?}, their slowest write took {slowest:.1?}");
     lost.ends();
     healed(&mut lab, &driver, lost_disk, &places).await;

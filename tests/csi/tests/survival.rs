@@ -31,12 +31,9 @@ async fn copies_are_equal(driver: &Driver, place: &Place) {
 
 /// How long a write takes that comes after the kill: the users' stall.
 fn first_write(place: &Place, block: u64) -> Duration {
-    use std::os::unix::fs::{FileExt, OpenOptionsExt};
-    let file = fs::OpenOptions::new().write(true).custom_flags(libc::O_DIRECT | libc::O_DSYNC).open(&place.target).unwrap();
-    let memory = vec![7u8; 8192];
-    let skip = memory.as_ptr().align_offset(4096);
+    let mut device = load::Direct::open(&place.target).unwrap();
     let start = Instant::now();
-    file.write_all_at(&memory[skip..skip + 4096], block * 4096).unwrap();
+    device.write(block * 4096).unwrap();
     start.elapsed()
 }
 

@@ -1,0 +1,99 @@
+//! A csi-node with many volumes ends under load, and its successor serves them all. With LOCKSTEP_SOAK in the environment (`make soak`) more often.
+#![allow(missing_docs)]
+
+use std::{
+    fs,
+    path::PathBuf,
+    thread,
+    time::{Duration, Instant},
+};
+
+use lockstep_csi_tests::{
+    driver::Driver,
+    lab::{Lab, identical},
+    load::{self, Direct},
+};
+
+const MIB: u64 = 1 << 20;
+const VOLUMES: usize = 50;
+/// Behind what fio works on.
+const BEHIND: u64 = 12 * MIB;
+
+/// What csi-node has in memory, in KiB, its share of what it shares.
+fn memory(driver: &Driver) -> u64 {
+    let maps = fs::read_to_string(format!("/proc/{}/smaps_rollup", driver.node_id())).unwrap();
+    let line = maps.lines().find_map(|line| line.strip_prefix("Pss:")).expect("the kernel says it");
+    line.trim().trim_end_matches("kB").trim().parse().unwrap()
+}
+
+/// What each volume adds to that.
+fn each(driver: &Driver, none: u64) -> u64 {
+    memory(driver).saturating_sub(none) / VOLUMES as u64
+}
+
+/// When each of them has answered a write that comes now.
+fn answers(devices: &[PathBuf]) -> Vec<thread::JoinHandle<Instant>> {
+    let write = |device: PathBuf| {
+        let mut device = Direct::open(&device).unwrap();
+        thread::spawn(move || {
+            device.write(BEHIND).unwrap();
+            Instant::now()
+        })
+    };
+    devices.iter().cloned().map(write).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fifty_volumes_under_load_are_all_served_on_by_the_next_csi_node() {
+    let rounds = if std::env::var_os("LOCKSTEP_SOAK").is_some() { 10 } else { 2 };
+    let lab = Lab::new(2, 2400);
+    let mut driver = Driver::start(&lab).await;
+    driver.use_holder().await;
+    let none = memory(&driver);
+    let mut tasks = tokio::task::JoinSet::new();
+    for number in 0..VOLUMES {
+        let place = driver.place(&format!("v{number}"), 16 * MIB, None).await;
+        let client = driver.client.clone();
+        tasks.spawn(async move {
+            place.up(&client).await.unwrap_or_else(|error| panic!("{}: {error}", place.id));
+            place
+        });
+    }
+    let places = tasks.join_all().await;
+    let targets: Vec<PathBuf> = places.iter().map(|place| place.target.clone()).collect();
+    let load = load::on_many(targets.iter().map(PathBuf::as_path), 10 + 5 * rounds);
+    for round in 0..rounds {
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let (killed, what) = (round % 2 == 0, if round % 2 == 0 { "SIGKILL" } else { "SIGTERM" });
+        let before = Instant::now();
+        if killed {
+            driver.kill_node()
+        } else {
+            driver.terminate_node()
+        }
+        let over = if killed { before } else { Instant::now() };
+        let waiting = answers(&targets);
+        driver.start_node().await;
+        let mut after: Vec<Duration> = waiting.into_iter().map(|answer| answer.join().expect("a device gave an error") - over).collect();
+        after.sort();
+        println!(
+            "figure: {VOLUMES} volumes under load, {what}: the first served after {:.1?}, the last after {:.1?}; {} KiB of memory each",
+            after[0],
+            after[VOLUMES - 1],
+            each(&driver, none)
+        );
+        assert!(after[VOLUMES - 1] < Duration::from_secs(30), "not all of them in time");
+    }
+    println!(
+        "figure: the slowest write took {:.1?}; {} KiB each after the load, {} MiB without volumes",
+        load.slowest_write(),
+        each(&driver, none),
+        none / 1024
+    );
+    for place in &places {
+        place.down(&driver.client).await.unwrap();
+        let copies = driver.copies(&place.id).await;
+        assert!(identical(&copies[0], &copies[1]), "the copies of {} differ", place.id);
+    }
+    driver.stop();
+}
