@@ -1,7 +1,7 @@
 # Everything that is built goes under ~/.cache/lockstep, never into the clone.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/lockstep/target
 .DEFAULT_GOAL := help
-.PHONY: help fmt crds check test sim explore fuzz mutants cargo-mutants native csi demo bench soak deny
+.PHONY: help fmt crds check test sim explore fuzz mutants cargo-mutants native csi cluster demo bench soak deny
 WRITES ?= 2
 SEEDS ?= 10000
 FUZZ_SECONDS ?= 600
@@ -42,6 +42,9 @@ native: ## The datapath on loop disks with XFS, under fio (needs root)
 
 csi: ## Both binaries on loop disks: tests of calls, failures, bad input, and csi-sanity (needs root)
 	tests/run csi
+
+cluster: ## The same binaries on a real Kubernetes API, which is built from its Go modules first (needs root and Go)
+	tests/run cluster
 
 demo: ## The whole of it on this machine, in two minutes: provision, load, a failed disk, a rebuild, a kill (needs root)
 	tests/csi/demo

@@ -167,9 +167,10 @@ impl Error {
                 | lockstep_store::Error::AlreadyExists { .. }
                 | lockstep_store::Error::NotFound { .. } => Code::Aborted,
                 // What cannot be read may exist: nothing that is final. A name that no object can have was some object's word for another.
-                lockstep_store::Error::Unreadable { .. } | lockstep_store::Error::Name { .. } | lockstep_store::Error::Io { .. } => {
-                    Code::Unavailable
-                }
+                lockstep_store::Error::Unreadable { .. }
+                | lockstep_store::Error::Name { .. }
+                | lockstep_store::Error::Api { .. }
+                | lockstep_store::Error::Io { .. } => Code::Unavailable,
             },
         }
     }

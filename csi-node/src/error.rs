@@ -95,6 +95,8 @@ impl Error {
             // The caller comes again; by then the operator has acted, or the old I/O is over.
             Self::Datapath(Mirror::Refused(_) | Mirror::Meta { .. } | Mirror::Truncated { .. }) => Code::FailedPrecondition,
             Self::Starting | Self::Datapath(Mirror::LegBusy { .. } | Mirror::Gone) => Code::Unavailable,
+            // An API that cannot be reached is there again later; what was asked of it may have happened.
+            Self::Store(Store::Api { .. }) => Code::Unavailable,
             Self::Datapath(Mirror::Io { .. } | Mirror::Mirror(_) | Mirror::NoFlush { .. } | Mirror::Holder(_) | Mirror::Panicked) => {
                 Code::Internal
             }

@@ -21,9 +21,10 @@ use lockstep_proto::{
     csi::{identity_server::IdentityServer, node_server::NodeServer},
     endpoint::Endpoint,
     logging,
+    objects::LocalDisk,
     rpc_log::RpcLog,
 };
-use lockstep_store::{Directory, Store};
+use lockstep_store::{Changes, Directory, Kubernetes, Store};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
@@ -62,10 +63,13 @@ struct Args {
     /// Where this node keeps what must not be on the mirrored disks: witnesses, staged records, mounts.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/lockstep")]
     state_dir: PathBuf,
-    /// Standalone mode: the objects are YAML files in this directory, shared with csi-controller. Required: Kubernetes itself as the
-    /// object store is not supported yet.
-    #[arg(long, value_name = "DIR")]
-    objects: PathBuf,
+    /// Standalone mode: the objects are YAML files in this directory, shared with csi-controller.
+    #[arg(long, value_name = "DIR", conflicts_with = "kubeconfig")]
+    objects: Option<PathBuf>,
+    /// The objects are in the Kubernetes API that this file's current context names. Without this and --objects: in that of the pod's own
+    /// cluster.
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
     /// The socket of the FUSE holder (`fuse-holder --socket`). Without it, the end of this process is the end of its volumes' devices.
     #[arg(long, value_name = "PATH")]
     fuse_holder: Option<PathBuf>,
@@ -79,7 +83,7 @@ fn main() -> anyhow::Result<()> {
     // for a dump.
     rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
     lockstep_datapath::errand::serve(&lockstep_csi_node::ERRANDS);
-    let Args { endpoint, node_name, config, state_dir, objects, fuse_holder, datapath_threads } = Args::parse();
+    let Args { endpoint, node_name, config, state_dir, objects, kubeconfig, fuse_holder, datapath_threads } = Args::parse();
     logging::init()?;
     memory::lock();
     anyhow::ensure!(
@@ -97,11 +101,14 @@ fn main() -> anyhow::Result<()> {
         endpoint.take_away()?;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
-    let store = Directory::open(&objects)?;
+    let store = runtime.block_on(Objects::open(objects, kubeconfig, &node_name))?;
     let disks = Arc::new(Disks::new(Arc::clone(&state), config.disks));
     let datapath = Datapath::start(usize::from(datapath_threads), holder)?;
-    let node = Arc::new(Node::new(node_name, store, state, disks, datapath));
-    runtime.block_on(run(node, &endpoint))?;
+    let parts = Parts { name: node_name, state, disks, datapath };
+    match store {
+        Objects::Directory(store) => runtime.block_on(run(parts.with(store), &endpoint))?,
+        Objects::Kubernetes(store) => runtime.block_on(run(parts.with(store), &endpoint))?,
+    }
     // A thread that waits for a hung disk must not keep the process.
     runtime.shutdown_background();
     Ok(())
@@ -117,6 +124,37 @@ fn find_holder(path: &Path) -> anyhow::Result<Arc<Holder>> {
         );
     }
     Ok(holder)
+}
+
+/// Where the objects are.
+enum Objects {
+    Directory(Directory),
+    Kubernetes(Kubernetes),
+}
+
+impl Objects {
+    async fn open(objects: Option<PathBuf>, kubeconfig: Option<PathBuf>, node: &str) -> anyhow::Result<Self> {
+        let store = match (objects, kubeconfig) {
+            (Some(dir), _) => return Ok(Self::Directory(Directory::open(&dir)?)),
+            (None, Some(file)) => Kubernetes::with_kubeconfig(&file).await.with_context(|| format!("--kubeconfig {}", file.display()))?,
+            (None, None) => Kubernetes::in_pod().context("neither --objects nor --kubeconfig is given, and this is no pod of a cluster")?,
+        };
+        Ok(Self::Kubernetes(store.of_node(node)))
+    }
+}
+
+/// The node but for its store.
+struct Parts {
+    name: String,
+    state: Arc<StateDir>,
+    disks: Arc<Disks>,
+    datapath: Datapath,
+}
+
+impl Parts {
+    fn with<S: Store>(self, store: S) -> Arc<Node<S>> {
+        Arc::new(Node::new(self.name, store, self.state, self.disks, self.datapath))
+    }
 }
 
 async fn run<S: Store>(node: Arc<Node<S>>, endpoint: &Endpoint) -> anyhow::Result<()> {
@@ -177,19 +215,47 @@ async fn watch_disks<S: Store>(node: Arc<Node<S>>, ready: Identity) {
     }
 }
 
-/// The disks' objects follow what the looks found, as fast as the store can.
+/// The disks' objects follow what the looks found, as fast as the store can; and what others did to them. While nothing changes nothing is
+/// asked of the store.
 async fn publish_disks<S: Store>(node: Arc<Node<S>>) {
-    let mut changes = node.disks.changes();
+    let mut found = node.disks.changes();
+    let mut objects = None;
     loop {
-        changes.mark_unchanged();
+        found.mark_unchanged();
+        if objects.is_none() {
+            objects = match node.store.changes::<LocalDisk>().await {
+                Ok(changes) => Some(changes),
+                Err(error) => {
+                    warn!(%error, "the disks' objects cannot be watched");
+                    None
+                }
+            };
+        }
         match tokio::time::timeout(PUBLISH, node.disks.publish(&node.store, &node.name)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => warn!(%error, "the disks' objects do not say what is"),
             Err(_) => warn!("the disks' objects do not say what is: the store does not answer"),
         }
+        let changed = async {
+            match &mut objects {
+                Some(objects) => objects.next().await,
+                None => std::future::pending().await,
+            }
+        };
+        let outdated = async {
+            loop {
+                tokio::select! {
+                    () = tokio::time::sleep(SCAN) => {}
+                    _ = found.changed() => {}
+                }
+                if !node.disks.is_published(&node.name).await {
+                    return;
+                }
+            }
+        };
         tokio::select! {
-            () = tokio::time::sleep(SCAN) => {}
-            _ = changes.changed() => {}
+            () = changed => {}
+            () = outdated => {}
         }
     }
 }

@@ -191,7 +191,13 @@ impl<S: Store> Node<S> {
             }
             match self.store.update(volume).await {
                 Err(lockstep_store::Error::Conflict { .. }) => {}
-                updated => return Ok(updated.map(drop)?),
+                updated => {
+                    let updated = updated?;
+                    if let Some(open) = self.open_volume(&names(&updated).1) {
+                        open.set_latest(&updated);
+                    }
+                    return Ok(());
+                }
             }
         }
     }
@@ -204,8 +210,22 @@ impl<S: Store> Node<S> {
         uid: &str,
         change: impl Fn(&mut MirrorVolumeStatus) + Send,
     ) -> Result<MirrorVolume, Error> {
+        self.patch_known_status(None, id, uid, change).await
+    }
+
+    /// The same, first with the object as it is known: if nothing changes in that, the store is not asked.
+    pub(crate) async fn patch_known_status(
+        &self,
+        mut known: Option<MirrorVolume>,
+        id: &str,
+        uid: &str,
+        change: impl Fn(&mut MirrorVolumeStatus) + Send,
+    ) -> Result<MirrorVolume, Error> {
         loop {
-            let mut volume = self.volume(id).await?;
+            let mut volume = match known.take() {
+                Some(known) => known,
+                None => self.volume(id).await?,
+            };
             if volume.metadata.uid.as_deref() != Some(uid) {
                 return Err(Error::NoVolume(id.to_owned()));
             }

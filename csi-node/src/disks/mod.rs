@@ -22,7 +22,7 @@ use std::{
     sync::{Arc, Mutex, RwLock},
 };
 
-use lockstep_proto::objects::{DiskIdentity, DiskPhase};
+use lockstep_proto::objects::{DiskIdentity, DiskPhase, LocalDiskStatus};
 use tokio::sync::{Notify, watch};
 use tracing::warn;
 
@@ -83,7 +83,8 @@ pub struct Disks {
     unsettled: Notify,
     /// What is being looked at: what hangs is looked at once.
     busy: Mutex<HashSet<String>>,
-    publishing: tokio::sync::Mutex<()>,
+    /// What the objects were last made to say; `None`: that may have been cut off.
+    publishing: tokio::sync::Mutex<Option<BTreeMap<String, LocalDiskStatus>>>,
     changed: watch::Sender<u64>,
 }
 

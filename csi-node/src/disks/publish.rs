@@ -46,8 +46,11 @@ impl Disks {
     /// The store's. Called again, it goes on.
     pub async fn publish<S: Store>(&self, store: &S, node: &str) -> Result<(), Error> {
         // One at a time, or the older look might have the last word.
-        let _turn = self.publishing.lock().await;
+        let mut published = self.publishing.lock().await;
         let mut wanted = self.wanted(node);
+        let all = wanted.clone();
+        *published = None;
+        // All, or those that are said to be this node's.
         for object in store.list::<LocalDisk>().await?.objects {
             let name = object.metadata.name.clone().unwrap_or_default();
             match wanted.remove(&name) {
@@ -65,10 +68,20 @@ impl Disks {
             }
         }
         for (name, status) in wanted {
-            let created = store.create(LocalDisk::new(&name, LocalDiskSpec { node: node.to_owned() })).await?;
-            write(store, created, node, status).await?;
+            // It may be another node's by now: that one's disk was moved here.
+            let object = match store.get(&name).await? {
+                Some(object) => object,
+                None => store.create(LocalDisk::new(&name, LocalDiskSpec { node: node.to_owned() })).await?,
+            };
+            write(store, object, node, status).await?;
         }
+        *published = Some(all);
         Ok(())
+    }
+
+    /// Whether `publish` has nothing new to say. Others may have changed the objects meanwhile.
+    pub async fn is_published(&self, node: &str) -> bool {
+        self.publishing.lock().await.as_ref() == Some(&self.wanted(node))
     }
 }
 

@@ -75,6 +75,8 @@ pub struct OpenVolume {
     annotations: watch::Sender<Option<BTreeMap<String, String>>>,
     /// Its object as it was when it was opened: what a new copy's `volume.yaml` says, without asking anybody.
     object: MirrorVolume,
+    /// Its object as it was last seen or written.
+    latest: Mutex<MirrorVolume>,
     closing: watch::Sender<bool>,
     looked_after: Mutex<Option<JoinHandle<()>>>,
 }
@@ -96,6 +98,19 @@ impl OpenVolume {
 
     fn place(&self, leg: LegId, disk: &str) {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner).insert(leg, disk.to_owned());
+    }
+
+    pub(crate) fn latest(&self) -> MirrorVolume {
+        self.latest.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What was seen or written, unless something later was.
+    pub(crate) fn set_latest(&self, object: &MirrorVolume) {
+        let version = |object: &MirrorVolume| object.metadata.resource_version.as_ref().and_then(|version| version.parse::<u64>().ok());
+        let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        if version(object) >= version(&latest) {
+            latest.clone_from(object);
+        }
     }
 
     fn leg_failed(&self, leg: LegId, error: String) {
@@ -159,6 +174,7 @@ impl<S: Store> Node<S> {
             found: Mutex::default(),
             annotations: watch::Sender::new(object.metadata.annotations.clone()),
             object: object.clone(),
+            latest: Mutex::new(object.clone()),
             closing: watch::Sender::new(false),
             looked_after: Mutex::default(),
         });
@@ -260,6 +276,7 @@ impl<S: Store> Node<S> {
     /// An open volume's object was seen: perhaps a person wants something of it.
     pub(crate) fn seen(&self, volume: &MirrorVolume) {
         let Some(open) = self.open_volume(volume.metadata.uid.as_deref().unwrap_or_default()) else { return };
+        open.set_latest(volume);
         let annotations = &volume.metadata.annotations;
         open.annotations.send_if_modified(|seen| std::mem::replace(seen, annotations.clone()) != *annotations);
     }

@@ -165,7 +165,7 @@ impl<S: Store> Node<S> {
             }
         }
         let device = open.volume.device().display().to_string();
-        let object = self.patch_status(&open.id, &open.uid, |object| {
+        let object = self.patch_known_status(Some(open.latest()), &open.id, &open.uid, |object| {
             if *open.closing.borrow() {
                 // What is written at its end is the last word.
                 return;
@@ -176,7 +176,9 @@ impl<S: Store> Node<S> {
             set_conditions(&mut object.conditions, health, status, &lost);
             set_scrubbed(object, open, status);
         });
-        object.await.map(Some)
+        let object = object.await?;
+        open.set_latest(&object);
+        Ok(Some(object))
     }
 
     /// After a clean stop.

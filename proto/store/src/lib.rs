@@ -3,7 +3,7 @@
 //! ```text
 //! controller --\                                    one YAML file an object (standalone)
 //!               >--- Store: get list create update delete changes
-//! node -------/                                     the Kubernetes API, later
+//! node -------/                                     the Kubernetes API
 //! ```
 //! Controller and node meet only here and never know which of the two they have. The semantics are those of the Kubernetes API:
 //! - a created object gets a UID, a resourceVersion and a creation time; creating a name that exists is refused;
@@ -15,17 +15,26 @@
 
 pub mod conformance;
 mod directory;
+mod kubernetes;
+mod merge;
 
 use std::{fmt::Debug, future::Future, path::PathBuf};
 
 pub use directory::Directory;
 use kube::Resource;
+pub use kubernetes::Kubernetes;
 use serde::{Serialize, de::DeserializeOwned};
 
-/// What can be stored: a cluster-scoped custom resource.
-pub trait Object: Resource<DynamicType = ()> + Serialize + DeserializeOwned + Clone + Debug + Send + Sync + 'static {}
+/// What can be stored: a cluster-scoped resource, or a namespaced one of which the store has one namespace.
+pub trait Object:
+    Resource<DynamicType = (), Scope: 'static> + Serialize + DeserializeOwned + Clone + Debug + Send + Sync + 'static
+{
+}
 
-impl<T> Object for T where T: Resource<DynamicType = ()> + Serialize + DeserializeOwned + Clone + Debug + Send + Sync + 'static {}
+impl<T> Object for T where
+    T: Resource<DynamicType = (), Scope: 'static> + Serialize + DeserializeOwned + Clone + Debug + Send + Sync + 'static
+{
+}
 
 /// Whether an object can have this name: a DNS-1123 subdomain.
 pub fn is_name(name: &str) -> bool {
@@ -72,13 +81,21 @@ pub enum Error {
         /// What was given.
         name: String,
     },
-    /// A file cannot be understood. It is never overwritten.
+    /// A file, or an object of the API (`path` is its path there), cannot be understood. It is never overwritten.
     #[error("{path} cannot be read: {reason}. Repair it, or move it away")]
     Unreadable {
         /// The file.
         path: PathBuf,
         /// What is wrong with it, and where.
         reason: String,
+    },
+    /// The Kubernetes API refuses it or cannot be reached. What was to be written may have been.
+    #[error("{what}: {source}")]
+    Api {
+        /// What was tried.
+        what: String,
+        /// What the API said, or what kept us from it.
+        source: Box<kube::Error>,
     },
     /// The system failed.
     #[error("{what}: {source}")]

@@ -21,16 +21,18 @@ pub const NODE: &str = "node-1";
 /// Waiting longer than this is a hang.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Both processes and a client of both.
+/// Both processes and a client of both. Their objects are in a directory, unless it is said otherwise.
 #[derive(Debug)]
-pub struct Driver {
+pub struct Driver<S = Directory> {
     node: Option<Child>,
     controller: Option<Child>,
     holder: Option<Child>,
     /// Calls them.
     pub client: Client,
     /// Their objects.
-    pub store: Directory,
+    pub store: S,
+    /// How the processes are told where these are.
+    objects: [String; 2],
     dir: PathBuf,
     /// csi-node's PATH.
     programs: OsString,
@@ -74,13 +76,22 @@ pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut wanted: imp
 impl Driver {
     /// Starts both for the lab's disks, and waits until they are ready.
     pub async fn start(lab: &Lab) -> Self {
+        fs::create_dir_all(lab.path("driver")).expect("a directory");
+        let objects = lab.path("driver/objects");
+        let store = Directory::open(&objects).expect("a directory of objects");
+        Self::start_with(lab, store, ["--objects".into(), text(&objects).into()]).await
+    }
+}
+
+impl<S: Store> Driver<S> {
+    /// The same with their objects elsewhere: an argument of both says where.
+    pub async fn start_with(lab: &Lab, store: S, objects: [String; 2]) -> Self {
         let dir = lab.path("driver");
         fs::create_dir_all(&dir).expect("a directory");
         fs::write(dir.join("node.yaml"), format!("disks:\n- path: {}/*\n", text(&lab.path("disks")))).expect("a configuration");
         let client = Client::new(&dir.join("node.sock"), &dir.join("controller.sock"));
-        let store = Directory::open(dir.join("objects")).expect("a directory of objects");
         let programs = std::env::var_os("PATH").unwrap_or_default();
-        let mut driver = Self { node: None, controller: None, holder: None, client, store, dir, programs, starter: Vec::new() };
+        let mut driver = Self { node: None, controller: None, holder: None, client, store, objects, dir, programs, starter: Vec::new() };
         driver.start_node().await;
         driver.start_controller().await;
         // Ready is who answers; what the disks are is said a moment later.
@@ -132,7 +143,7 @@ impl Driver {
             ("--node-name", NODE.into()),
             ("--config", self.at("node.yaml")),
             ("--state-dir", self.at("state")),
-            ("--objects", self.at("objects")),
+            (self.objects[0].as_str(), self.objects[1].clone()),
         ];
         for (name, value) in pairs.into_iter().chain(self.holder.is_some().then(|| ("--fuse-holder", self.at("holder.sock")))) {
             args.extend([name.to_owned(), value]);
@@ -185,13 +196,10 @@ impl Driver {
 
     /// Starts csi-controller.
     pub async fn start_controller(&mut self) {
-        let (endpoint, objects) = (format!("unix://{}", self.at("controller.sock")), self.at("objects"));
-        self.controller = Some(start(
-            "csi-controller",
-            &self.dir.join("controller.log"),
-            &self.programs,
-            &["--endpoint", &endpoint, "--objects", &objects],
-        ));
+        let endpoint = format!("unix://{}", self.at("controller.sock"));
+        let [option, objects] = &self.objects;
+        self.controller =
+            Some(start("csi-controller", &self.dir.join("controller.log"), &self.programs, &["--endpoint", &endpoint, option, objects]));
         let client = &self.client;
         until("a controller that is ready", || async { client.controller_ready().await.then_some(()) }).await;
     }
@@ -301,7 +309,7 @@ impl Driver {
     }
 }
 
-impl Drop for Driver {
+impl<S> Drop for Driver<S> {
     fn drop(&mut self) {
         // Not stopped: something went wrong.
         let failed = std::thread::panicking() || self.node.is_some() || self.controller.is_some();
@@ -310,7 +318,7 @@ impl Drop for Driver {
         children.iter_mut().for_each(|child| drop(child.kill()));
         children.iter_mut().for_each(|child| drop(child.wait()));
         if failed {
-            eprintln!("csi-node said:\n{}", fs::read_to_string(self.node_log()).unwrap_or_default());
+            eprintln!("csi-node said:\n{}", fs::read_to_string(self.dir.join("node.log")).unwrap_or_default());
             eprintln!("csi-controller said:\n{}", fs::read_to_string(self.dir.join("controller.log")).unwrap_or_default());
         }
     }

@@ -4,7 +4,6 @@
 //! replaced by rename after an fsync, so that a reader sees the old one or the new one, also after a power cut. Fields that this version
 //! does not know are kept (`merge`); the part of an object that is not written does not go through this version's types at all.
 
-mod merge;
 mod root;
 mod watch;
 
@@ -18,7 +17,7 @@ use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use serde_json::Value;
 
 use self::{root::Root, watch::Watches};
-use crate::{Changes, Error, Listing, Object, Store, is_name};
+use crate::{Changes, Error, Listing, Object, Store, is_name, merge};
 
 /// A directory of objects.
 #[derive(Clone, Debug)]

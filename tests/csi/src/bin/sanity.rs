@@ -1,7 +1,8 @@
 //! csi-sanity against both sockets: on a volume with a file system, then on a bare device. No test is left out by us; every skip is
 //! printed with its reason, and the skip of a capability that we claim is a failure.
 //!
-//! `sanity CSI-SANITY`: the program that `tests/sanity/build` built.
+//! `sanity CSI-SANITY [KUBECONFIG]`: the program that `tests/sanity/build` built; and the Kubernetes API that is to keep the objects instead of a
+//! directory. It must know their definitions; volumes and disks that it has are deleted.
 
 use std::{collections::BTreeMap, fs, path::Path, process::Command};
 
@@ -10,6 +11,8 @@ use lockstep_csi_tests::{
     driver::Driver,
     lab::{Lab, text},
 };
+use lockstep_proto::objects::{LocalDisk, MirrorVolume};
+use lockstep_store::{Kubernetes, Object, Store};
 
 /// Why csi-sanity skips tests: a word of its reason, and what we say to that. None of them is a capability that we claim.
 const UNCLAIMED: [(&str, &str); 8] = [
@@ -62,9 +65,31 @@ fn read(report: &Path) -> anyhow::Result<Report> {
     Ok(counted)
 }
 
-async fn run(program: &str, access: &str) -> anyhow::Result<Report> {
+/// Deletes what an earlier driver left; its disks are gone. The claim of a node that is gone is taken back for it.
+async fn clear<K: Object>(store: &Kubernetes) -> anyhow::Result<()> {
+    for mut object in store.list::<K>().await?.objects {
+        let name = object.meta().name.clone().unwrap_or_default();
+        store.delete::<K>(&name, None).await?;
+        if object.meta_mut().finalizers.take().is_some() {
+            let mut marked: K = store.get(&name).await?.context("it has a finalizer")?;
+            marked.meta_mut().finalizers = None;
+            store.update(marked).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn run(program: &str, kubeconfig: Option<&str>, access: &str) -> anyhow::Result<Report> {
     let lab = Lab::new(2, 2000);
-    let mut driver = Driver::start(&lab).await;
+    let Some(kubeconfig) = kubeconfig else { return run_on(program, access, &lab, Driver::start(&lab).await).await };
+    let store = Kubernetes::with_kubeconfig(Path::new(kubeconfig)).await?;
+    clear::<MirrorVolume>(&store).await?;
+    clear::<LocalDisk>(&store).await?;
+    let driver = Driver::start_with(&lab, store, ["--kubeconfig".into(), kubeconfig.into()]).await;
+    run_on(program, access, &lab, driver).await
+}
+
+async fn run_on<S: Store>(program: &str, access: &str, lab: &Lab, mut driver: Driver<S>) -> anyhow::Result<Report> {
     let (node, controller) = driver.sockets();
     let report = lab.path("report.xml");
     let flag = |name: &str, path: &Path| format!("--{name}={}", text(path));
@@ -97,10 +122,12 @@ async fn run(program: &str, access: &str) -> anyhow::Result<Report> {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let program = std::env::args().nth(1).context("usage: sanity CSI-SANITY")?;
+    let mut arguments = std::env::args().skip(1);
+    let program = arguments.next().context("usage: sanity CSI-SANITY [KUBECONFIG]")?;
+    let kubeconfig = arguments.next();
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     for access in ["mount", "block"] {
-        let report = run(&program, access).await?;
+        let report = run(&program, kubeconfig.as_deref(), access).await?;
         ensure!(report.passed >= EXPECTED, "only {} tests ran: csi-sanity or its report is not what it was", report.passed);
         passed += report.passed;
         failed += report.failed;

@@ -1,4 +1,4 @@
-//! What this version does not know of an object stays in its file.
+//! What this version does not know of an object stays in it.
 //!
 //! Three states of a value meet: what is stored; the same as this version knows it (read into its types and written again); and what is
 //! to be stored. What is stored and not known is kept, unless its surroundings go; what is known and no longer wanted goes.
@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 const KEYS: [&str; 4] = ["legId", "uid", "name", "type"];
 
 /// `new`, with what `stored` has beyond `known`.
-pub(super) fn merged(stored: &Value, known: &Value, new: Value) -> Value {
+pub(crate) fn merged(stored: &Value, known: &Value, new: Value) -> Value {
     match (stored, new) {
         (Value::Object(stored), Value::Object(new)) => Value::Object(fields(stored, known, new)),
         (Value::Array(stored), Value::Array(new)) => Value::Array(elements(stored, known, new)),
