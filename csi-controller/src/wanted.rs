@@ -26,6 +26,7 @@ pub(crate) struct Wanted {
     range: CapacityRange,
     usage: Usage,
     parameters: BTreeMap<String, String>,
+    claim: Option<String>,
 }
 
 /// Where it may be.
@@ -88,7 +89,7 @@ impl Wanted {
             return Err(Error::MutableParameter { name });
         }
         parameters::parse(&parameters)?;
-        let parameters = parameters::own(&parameters);
+        let (claim, parameters) = (parameters::claim(&parameters), parameters::own(&parameters));
         let usage = match capability::common(&volume_capabilities)? {
             Usage::Filesystem(fs_type) => Usage::Filesystem(Some(fs_type.unwrap_or(FsType::Ext4))),
             Usage::Block => Usage::Block,
@@ -96,7 +97,7 @@ impl Wanted {
         let range = capacity_range.unwrap_or_default();
         let bytes = capacity::volume_bytes(range.required_bytes, range.limit_bytes, minimum(usage))?;
         let placement = accessibility_requirements.map(Placement::of).transpose()?.unwrap_or_default();
-        Ok(Self { id, bytes, placement, csi_name: name, range, usage, parameters })
+        Ok(Self { id, bytes, placement, csi_name: name, range, usage, parameters, claim })
     }
 
     fn mode(&self) -> (VolumeMode, Option<FsType>) {
@@ -116,6 +117,7 @@ impl Wanted {
             volume_mode,
             fs_type,
             parameters: self.parameters.clone(),
+            claim: self.claim.clone(),
         };
         MirrorVolume::new(self.id.as_str(), spec)
     }
@@ -125,7 +127,7 @@ impl Wanted {
     /// # Errors
     /// `Error::Different`: in what it differs.
     pub(crate) fn compare(&self, volume: &MirrorVolume) -> Result<(), Error> {
-        let MirrorVolumeSpec { csi_name, capacity_bytes, node, volume_mode: _, fs_type: _, parameters } = &volume.spec;
+        let MirrorVolumeSpec { csi_name, capacity_bytes, node, volume_mode: _, fs_type: _, parameters, claim: _ } = &volume.spec;
         let (CapacityRange { required_bytes, limit_bytes }, size) = (self.range, i128::from(*capacity_bytes));
         let in_range = size >= i128::from(required_bytes) && (limit_bytes == 0 || size <= i128::from(limit_bytes));
         let difference = if *csi_name != self.csi_name {

@@ -31,6 +31,7 @@ pub mod legs;
 pub mod memory;
 pub mod mirror;
 pub mod mounts;
+mod news;
 pub mod node;
 mod publish;
 mod quarantine;

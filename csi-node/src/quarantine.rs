@@ -10,7 +10,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use lockstep_proto::objects::MirrorVolume;
@@ -21,6 +21,7 @@ use tracing::warn;
 use crate::{
     error::Error,
     mirror::report,
+    news::news,
     node::{Node, names},
     state_dir::{self, StateDir, StateError},
 };
@@ -70,14 +71,14 @@ impl<S: Store> Node<S> {
     ///
     /// # Errors
     /// `Error::Precondition` if the volume is in quarantine.
-    pub(crate) async fn assembly_begins(&self, volume: &MirrorVolume) -> Result<(), Error> {
+    pub(crate) async fn assembly_begins(self: &Arc<Self>, volume: &MirrorVolume) -> Result<(), Error> {
         let (id, uid) = names(volume);
         let path = self.state.assembling(&uid);
         let mut before = state_dir::read_record::<Attempts>(&path)?.unwrap_or(Attempts { volume: id.clone(), unfinished: 0 });
         if before.unfinished >= CRASHES {
             let lifted = volume.metadata.annotations.as_ref().is_some_and(|annotations| annotations.contains_key(LIFT_ANNOTATION));
             if !lifted {
-                return Err(self.refuse_quarantined(&id, &uid, before.unfinished).await);
+                return Err(self.refuse_quarantined(volume, before.unfinished).await);
             }
             warn!("the quarantine is lifted: the mirror is assembled once more");
             before.unfinished = 0;
@@ -93,14 +94,17 @@ impl<S: Store> Node<S> {
         self.state.assembling(uid).exists()
     }
 
-    async fn refuse_quarantined(&self, id: &str, uid: &str, crashes: u32) -> Error {
+    async fn refuse_quarantined(self: &Arc<Self>, volume: &MirrorVolume, crashes: u32) -> Error {
+        let (id, uid) = names(volume);
         let message = format!(
             "{id} is in quarantine: csi-node ended {crashes} times while it assembled this volume's mirror, and with it the node's other volumes. Nothing \
              is done to its copies. Look for the reason in csi-node's log before each of those ends; then annotate the MirrorVolume with \
              {LIFT_ANNOTATION}: now, and stage it again"
         );
         warn!(reason = "MirrorQuarantined", "{message}");
-        let said = self.patch_status(id, uid, |status| report::set(&mut status.conditions, "Ready", false, "Quarantined", message.clone()));
+        self.tell_of_volume(volume, vec![news(true, "MirrorQuarantined", message.clone())]);
+        let said =
+            self.patch_status(&id, &uid, |status| report::set(&mut status.conditions, "Ready", false, "Quarantined", message.clone()));
         if let Err(error) = said.await {
             warn!(%error, "the volume's object does not say that it is in quarantine");
         }

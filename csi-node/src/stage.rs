@@ -97,7 +97,7 @@ impl<S: Store> Node<S> {
     async fn assemble(self: &Arc<Self>, volume: &MirrorVolume, staged: &mut Staged) -> Result<Arc<OpenVolume>, Error> {
         let found = self.find_legs(&staged.uid, &known(volume)).await?;
         staged.legs = found.iter().map(|leg| leg.dir.clone()).collect();
-        let open = self.open_mirror(volume, found).await?;
+        let open = self.open_mirror(volume, found).await.inspect_err(|error| self.tell_of_refusal(volume, error))?;
         staged.device = Some(open.volume.device().to_owned());
         staged.write(&self.state)?;
         let device = open.volume.device().display().to_string();

@@ -18,6 +18,7 @@ use tracing::info;
 use crate::{
     error::Error,
     file_system,
+    news::news,
     node::{Node, blocking, names},
     publish,
     staged::{self, Staged},
@@ -107,6 +108,7 @@ impl<S: Store> Node<S> {
             let text = format!("{id} has room for {granted} bytes on its disks, not for {required}: the controller has to expand it first");
             return Err(Error::Precondition(text));
         }
+        let before = open.bytes();
         open.volume.grow(granted).await?;
         let bytes = open.bytes();
         if let Some(fs_type) = staged.fs_type {
@@ -114,6 +116,10 @@ impl<S: Store> Node<S> {
             blocking(&id, move || file_system::grow_mounted(&device, &mounted, fs_type)).await?;
         }
         info!(reason = "VolumeExpanded", bytes, "expanded");
+        if bytes > before {
+            let message = format!("the volume and what is on it were grown from {} to {} MiB, in use", before >> 20, bytes >> 20);
+            self.tell_of_volume(&volume, vec![news(false, "VolumeExpanded", message)]);
+        }
         Ok(bytes)
     }
 }

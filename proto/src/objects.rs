@@ -149,6 +149,7 @@ pub enum DiskPhase {
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
     printcolumn(name = "Size", type_ = "integer", format = "int64", json_path = ".status.capacityBytes", description = "Bytes"),
     printcolumn(name = "Node", type_ = "string", json_path = ".spec.node"),
+    printcolumn(name = "Claim", type_ = "string", json_path = ".spec.claim"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     printcolumn(name = "Device", type_ = "string", priority = 1, json_path = ".status.device", description = "While it is staged"),
     printcolumn(name = "Disk-1", type_ = "string", priority = 1, json_path = ".status.legs[0].disk"),
@@ -186,6 +187,9 @@ pub struct MirrorVolumeSpec {
     /// The parameters of its StorageClass, as they were given.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub parameters: BTreeMap<String, String>,
+    /// The claim that it was made for, as namespace/name: for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claim: Option<String>,
 }
 
 /// How a volume is used.

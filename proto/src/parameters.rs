@@ -62,6 +62,12 @@ pub enum ParameterError {
     },
 }
 
+/// The claim that a volume is made for, as namespace/name, where the provisioner says so (`--extra-create-metadata`).
+pub fn claim(parameters: &BTreeMap<String, String>) -> Option<String> {
+    let given = |name| parameters.get(&format!("{SIDECAR_PREFIX}pvc/{name}"));
+    Some(format!("{}/{}", given("namespace")?, given("name")?))
+}
+
 /// Validates the parameters of a CreateVolume or GetCapacity call.
 ///
 /// # Errors

@@ -18,7 +18,7 @@ use crate::rig::{
 async fn a_volume_is_answered_once_its_node_made_it_ready() {
     let rig = Rig::new();
     rig.node_with_disks("a", TAKES).await;
-    let parameters = [("transport", "fuse"), ("csi.storage.k8s.io/pvc/name", "claim")];
+    let parameters = [("transport", "fuse"), ("csi.storage.k8s.io/pvc/name", "claim"), ("csi.storage.k8s.io/pvc/namespace", "shop")];
     let request = CreateVolumeRequest {
         parameters: parameters.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
         capacity_range: Some(range(GIB + 1, 0)),
@@ -32,6 +32,7 @@ async fn a_volume_is_answered_once_its_node_made_it_ready() {
     assert_eq!((spec.csi_name.as_str(), spec.node.as_str(), spec.capacity_bytes), ("pvc-1", "a", GIB + (1 << 20)));
     assert_eq!((spec.volume_mode, spec.fs_type), (VolumeMode::Filesystem, Some(FsType::Ext4)));
     assert_eq!(spec.parameters, [("transport".to_owned(), "fuse".to_owned())].into(), "the sidecars' own are left out");
+    assert_eq!(spec.claim.as_deref(), Some("shop/claim"));
 }
 
 #[tokio::test]

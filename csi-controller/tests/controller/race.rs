@@ -2,9 +2,10 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use k8s_openapi::api::core::v1::ObjectReference;
 use lockstep_csi_controller::Controller;
 use lockstep_proto::{FINALIZER, csi::controller_server::Controller as _, objects::MirrorVolume};
-use lockstep_store::{Changes, Directory, Error, Listing, Object, Store};
+use lockstep_store::{Changes, Directory, Error, Listing, News, Object, Store};
 use tonic::Code;
 
 use crate::rig::{GIB, PATIENT, Rig, contains, delete, grow, nodes, refused, wanted, within};
@@ -49,6 +50,9 @@ impl Store for Meddled {
     async fn delete<K: Object>(&self, name: &str, unchanged: Option<&K>) -> Result<(), Error> {
         self.meddle().await;
         self.store.delete(name, unchanged).await
+    }
+    async fn tell(&self, about: &ObjectReference, news: &News) -> Result<(), Error> {
+        self.store.tell(about, news).await
     }
     async fn changes<K: Object>(&self) -> Result<impl Changes, Error> {
         self.store.changes::<K>().await

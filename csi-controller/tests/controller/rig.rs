@@ -194,6 +194,7 @@ fn sample(name: &str, node: &str) -> lockstep_proto::objects::MirrorVolumeSpec {
         volume_mode: lockstep_proto::objects::VolumeMode::Filesystem,
         fs_type: Some(lockstep_proto::objects::FsType::Ext4),
         parameters: Default::default(),
+        claim: None,
     }
 }
 

@@ -7,7 +7,7 @@ use lockstep_store::{Error, Store};
 use sha2::{Digest, Sha256};
 
 use super::Disks;
-use crate::legs::OVERHEAD;
+use crate::{legs::OVERHEAD, news};
 
 impl Disks {
     /// What the objects should say, by name. Disks that are ours are named by their file system; what is refused has none, and is named
@@ -92,8 +92,12 @@ async fn write<S: Store>(store: &S, mut object: LocalDisk, node: &str, status: L
         object = store.update(object).await?;
     }
     if object.status.as_ref() != Some(&status) {
+        let before = object.status.take().unwrap_or_default().phase;
         object.status = Some(status);
-        ignore_race(store.update_status(object).await.map(drop))?;
+        match store.update_status(object).await {
+            Ok(written) => news::tell_of_disk(store, &written, before).await,
+            Err(error) => ignore_race(Err(error))?,
+        }
     }
     Ok(())
 }

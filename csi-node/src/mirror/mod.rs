@@ -69,6 +69,8 @@ pub struct OpenVolume {
     disks: Mutex<BTreeMap<LegId, String>>,
     /// What a leg failed with.
     errors: Mutex<BTreeMap<LegId, String>>,
+    /// Which copy was lost last, for people.
+    loss: Mutex<Option<String>>,
     /// What the newest scrub found.
     found: Mutex<scrub::Found>,
     /// The newest annotations that were seen: a change wakes who looks after the mirror.
@@ -115,6 +117,11 @@ impl OpenVolume {
 
     fn leg_failed(&self, leg: LegId, error: String) {
         self.errors.lock().unwrap_or_else(PoisonError::into_inner).insert(leg, error);
+    }
+
+    /// Which copy was lost last, and why.
+    fn loss(&self) -> Option<String> {
+        self.loss.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn error_of(&self, leg: LegId) -> Option<String> {
@@ -171,6 +178,7 @@ impl<S: Store> Node<S> {
             volume,
             disks: Mutex::new(disks),
             errors: Mutex::default(),
+            loss: Mutex::default(),
             found: Mutex::default(),
             annotations: watch::Sender::new(object.metadata.annotations.clone()),
             object: object.clone(),
@@ -288,6 +296,10 @@ impl<S: Store> Node<S> {
                 let leg = leg(*slot);
                 open.leg_failed(leg, error.to_string());
                 // ENODEV: it was left out when the mirror was assembled, which says nothing about its disk.
+                if let Some(disk) = open.disk_of(leg) {
+                    let label = self.disks.get(&disk).map_or(disk, |disk| disk.label);
+                    *open.loss.lock().unwrap_or_else(PoisonError::into_inner) = Some(format!("the copy on {label} is lost ({error})"));
+                }
                 if let Some(disk) = open.disk_of(leg).filter(|_| *error != Errno::ENODEV) {
                     self.disks.fail(&disk, &format!("a copy of volume {} on it got {error}", open.id));
                 }

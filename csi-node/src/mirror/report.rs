@@ -1,5 +1,7 @@
 //! What a volume's object says of its mirror, and what a person should know.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::{Condition, Time},
     jiff::Timestamp,
@@ -9,11 +11,15 @@ use lockstep_datapath::core::{
     units::{BLOCK_SIZE, LegId},
 };
 use lockstep_proto::objects::{self, LegStatus, MirrorVolume, MirrorVolumeStatus};
-use lockstep_store::Store;
+use lockstep_store::{News, Store};
 use tracing::{info, warn};
 
 use super::OpenVolume;
-use crate::{error::Error, node::Node};
+use crate::{
+    error::Error,
+    news::{self, news},
+    node::Node,
+};
 
 /// How a mirror is, in one word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +30,19 @@ pub(super) enum Health {
     Degraded,
     /// It takes no more writes.
     Failed,
+}
+
+impl Health {
+    /// Of the condition Ready.
+    fn reason(self) -> &'static str {
+        match self {
+            Self::Healthy => "Healthy",
+            Self::Resyncing => "Resyncing",
+            Self::Rebuilding => "Rebuilding",
+            Self::Degraded => "Degraded",
+            Self::Failed => "ReadOnly",
+        }
+    }
 }
 
 fn health(status: &Status) -> Health {
@@ -79,22 +98,51 @@ fn set_conditions(conditions: &mut Vec<Condition>, health: Health, status: &Stat
     let copying = matches!(health, Health::Resyncing | Health::Rebuilding);
     let percent = progress.filter(|_| copying).map_or(String::new(), |percent| format!("{percent} % are done. "));
     let (ready, degraded, rebuilding) = match health {
-        Health::Healthy => ((true, "Healthy", ""), (false, "BothCopies"), (false, "BothCopies")),
+        Health::Healthy => ((true, ""), (false, "BothCopies"), (false, "BothCopies")),
         // Both copies have everything that was acknowledged and flushed; a second failure now would not lose it.
-        Health::Resyncing => {
-            ((true, "Resyncing", "after an unclean stop the copies are being made equal. "), (false, "BothCopies"), (true, "Resync"))
+        Health::Resyncing => ((true, "after an unclean stop the copies are being made equal. "), (false, "BothCopies"), (true, "Resync")),
+        Health::Rebuilding => ((true, "served from one copy. "), (true, "Rebuilding"), (true, "Rebuild")),
+        Health::Degraded => ((true, "served from one copy. "), (true, "CopyLost"), (false, "NoDisk")),
+        Health::Failed => {
+            ((false, "no copy takes writes any more: unstage the volume, replace the disks. "), (true, "CopyLost"), (false, "ReadOnly"))
         }
-        Health::Rebuilding => ((true, "Rebuilding", "served from one copy. "), (true, "Rebuilding"), (true, "Rebuild")),
-        Health::Degraded => ((true, "Degraded", "served from one copy. "), (true, "CopyLost"), (false, "NoDisk")),
-        Health::Failed => (
-            (false, "ReadOnly", "no copy takes writes any more: unstage the volume, replace the disks. "),
-            (true, "CopyLost"),
-            (false, "ReadOnly"),
-        ),
     };
-    set(conditions, "Ready", ready.0, ready.1, format!("{}{percent}", ready.2).trim_end().to_owned());
+    set(conditions, "Ready", ready.0, health.reason(), format!("{}{percent}", ready.1).trim_end().to_owned());
     set(conditions, "Degraded", degraded.0, degraded.1, if degraded.0 { lost.to_owned() } else { String::new() });
     set(conditions, "Rebuilding", rebuilding.0, rebuilding.1, if rebuilding.0 { percent.trim_end().to_owned() } else { copied(status) });
+}
+
+/// What the condition Ready gives as its reason; empty: nothing yet.
+fn readiness(conditions: &[Condition]) -> String {
+    conditions.iter().find(|condition| condition.type_ == "Ready").map_or(String::new(), |condition| condition.reason.clone())
+}
+
+/// What is news, if the object gave `before` as its reason until now. `loss`: which copy was lost and why, as this process noticed it.
+fn changed(before: &str, health: Health, lost: &str, copied: &str, loss: Option<String>) -> Vec<News> {
+    let degraded = matches!(before, "Degraded" | "Rebuilding");
+    match health {
+        _ if before == health.reason() => Vec::new(),
+        Health::Degraded => vec![news(true, "MirrorDegraded", format!("served from one copy: {lost}"))],
+        Health::Rebuilding => {
+            // There was a disk for it at once.
+            let loss = loss.unwrap_or_else(|| "one copy was lost".into());
+            let degraded = (!degraded).then(|| news(true, "MirrorDegraded", format!("served from one copy: {loss}")));
+            degraded.into_iter().chain([news(false, "RebuildStarted", format!("{lost}; the volume can be used meanwhile"))]).collect()
+        }
+        Health::Healthy => {
+            let rebuilt = (before == "Rebuilding").then(|| news(false, "RebuildCompleted", format!("both copies are current: {copied}")));
+            let again = (degraded || before == "ReadOnly").then(|| news(false, "MirrorHealthy", "the volume has two copies again".into()));
+            rebuilt.into_iter().chain(again).collect()
+        }
+        Health::Resyncing => Vec::new(),
+        Health::Failed => {
+            vec![news(
+                true,
+                "MirrorFailed",
+                "no copy takes writes any more: stop its users, replace the disks, and start them again".into(),
+            )]
+        }
+    }
 }
 
 /// What the newest scrub found; before there was one, what an earlier process said of an earlier one stays.
@@ -146,7 +194,7 @@ impl<S: Store> Node<S> {
 
     /// Writes what changed into the volume's object, and says once what a person should know. The object; none: the mirror does not serve yet.
     pub(super) async fn report(
-        &self,
+        self: &Arc<Self>,
         open: &OpenVolume,
         status: &Status,
         before: &mut Option<Health>,
@@ -165,11 +213,13 @@ impl<S: Store> Node<S> {
             }
         }
         let device = open.volume.device().display().to_string();
+        let said = Mutex::new(None);
         let object = self.patch_known_status(Some(open.latest()), &open.id, &open.uid, |object| {
             if *open.closing.borrow() {
                 // What is written at its end is the last word.
                 return;
             }
+            *said.lock().unwrap_or_else(PoisonError::into_inner) = Some(readiness(&object.conditions));
             object.epoch = status.epoch.0;
             object.device = Some(device.clone());
             object.legs = self.leg_statuses(open, status, &object.legs);
@@ -178,7 +228,20 @@ impl<S: Store> Node<S> {
         });
         let object = object.await?;
         open.set_latest(&object);
+        // In the object it was so before: what changes is told once, however often this process begins anew.
+        if let Some(before) = said.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            self.tell_of_volume(&object, self.news(open, status, &before, health, &lost));
+        }
         Ok(Some(object))
+    }
+
+    /// What people should hear, now that the object says how the mirror is.
+    fn news(&self, open: &OpenVolume, status: &Status, before: &str, health: Health, lost: &str) -> Vec<News> {
+        let mut news = changed(before, health, lost, &copied(status), open.loss());
+        let leg = status.legs.iter().find(|leg| leg.state != LegState::In);
+        let related = leg.and_then(|leg| open.disk_of(leg.id)).map(|name| news::disk(&name));
+        news.iter_mut().for_each(|news| news.related.clone_from(&related));
+        news
     }
 
     /// After a clean stop.
@@ -230,6 +293,29 @@ mod tests {
             ready: true,
             stopped: false,
         }
+    }
+
+    #[test]
+    fn what_changes_is_news_and_what_was_said_is_not() {
+        use Health::{Degraded, Failed, Healthy, Rebuilding, Resyncing};
+        let reasons = |before: &str, health| {
+            let news = changed(before, health, "the copy on sdy", "nothing", Some("the copy on sdx is lost (EIO)".into()));
+            news.iter().map(|news| news.reason).collect::<Vec<_>>()
+        };
+        for health in [Healthy, Resyncing, Rebuilding, Degraded, Failed] {
+            assert!(reasons(health.reason(), health).is_empty(), "{health:?}");
+        }
+        assert_eq!(reasons("Healthy", Degraded), ["MirrorDegraded"]);
+        assert_eq!(reasons("Degraded", Rebuilding), ["RebuildStarted"]);
+        assert_eq!(reasons("Healthy", Rebuilding), ["MirrorDegraded", "RebuildStarted"], "there was a disk for it at once");
+        assert_eq!(reasons("Rebuilding", Degraded), ["MirrorDegraded"], "the disk that was filled failed too");
+        assert_eq!(reasons("Rebuilding", Healthy), ["RebuildCompleted", "MirrorHealthy"]);
+        assert_eq!(reasons("Degraded", Healthy), ["MirrorHealthy"]);
+        assert_eq!(reasons("Degraded", Failed), ["MirrorFailed"]);
+        for quiet in ["", "Resyncing", "Quarantined"] {
+            assert!(reasons(quiet, Healthy).is_empty(), "the first time after {quiet:?}");
+        }
+        assert!(changed("Healthy", Rebuilding, "", "", Some("sdx (EIO)".into()))[0].message.contains("sdx (EIO)"));
     }
 
     #[test]

@@ -19,7 +19,7 @@ use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use super::OpenVolume;
-use crate::{legs, node::Node};
+use crate::{legs, news::news, node::Node};
 
 /// The two copies are to be compared; any value. Removed when they were.
 pub const SCRUB_ANNOTATION: &str = "lockstep.io/scrub";
@@ -158,7 +158,13 @@ fn said(scrub: &status::Scrub, found: &Found) -> Option<(bool, &'static str, Str
 impl<S: Store> Node<S> {
     /// Starts the scrub that is wanted, stops the one that is not, and takes the annotations away when it is done. Says whether the
     /// object is to be written again.
-    pub(super) async fn mind_scrub(&self, open: &Arc<OpenVolume>, status: &Status, wish: Option<Wish>, scrubs: &mut Scrubs) -> bool {
+    pub(super) async fn mind_scrub(
+        self: &Arc<Self>,
+        open: &Arc<OpenVolume>,
+        status: &Status,
+        wish: Option<Wish>,
+        scrubs: &mut Scrubs,
+    ) -> bool {
         if scrubs.result.is_some() && status.scrub.state == ScrubState::Running {
             // The end is not on the object yet.
             return true;
@@ -211,14 +217,18 @@ impl<S: Store> Node<S> {
         false
     }
 
-    async fn scrub_ended(&self, open: &OpenVolume, wish: &Wish, result: &Ended) {
+    async fn scrub_ended(self: &Arc<Self>, open: &OpenVolume, wish: &Wish, result: &Ended) {
         let scrub = open.volume.status().borrow().scrub;
         let message = open.scrubbed(&scrub).map_or(String::new(), |(_, _, message)| message);
         match result {
             Ok(()) if scrub.mismatched > 0 => {
-                warn!(reason = "ScrubMismatch", blocks = scrub.mismatched, repaired = scrub.repaired, "{message}")
+                warn!(reason = "ScrubMismatch", blocks = scrub.mismatched, repaired = scrub.repaired, "{message}");
+                self.tell_of_volume(&open.latest(), vec![news(true, "ScrubMismatch", message)]);
             }
-            Ok(()) => info!(reason = "ScrubCompleted", "{message}"),
+            Ok(()) => {
+                info!(reason = "ScrubCompleted", "{message}");
+                self.tell_of_volume(&open.latest(), vec![news(false, "ScrubCompleted", message)]);
+            }
             Err(error) => warn!(reason = "ScrubInterrupted", %error, "{message}"),
         }
         if result.is_ok() {

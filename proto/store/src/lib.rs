@@ -21,6 +21,7 @@ mod merge;
 use std::{fmt::Debug, future::Future, path::PathBuf};
 
 pub use directory::Directory;
+use k8s_openapi::api::core::v1::ObjectReference;
 use kube::Resource;
 pub use kubernetes::Kubernetes;
 use serde::{Serialize, de::DeserializeOwned};
@@ -116,6 +117,19 @@ pub struct Listing<K> {
     pub unreadable: Vec<Error>,
 }
 
+/// What people should hear of an object.
+#[derive(Clone, Debug, PartialEq)]
+pub struct News {
+    /// Something is wrong.
+    pub warning: bool,
+    /// What it is, in one CamelCase word.
+    pub reason: &'static str,
+    /// In a sentence: what, where, what happens next and what to do.
+    pub message: String,
+    /// The disk that it is about. The same reason with another one is other news.
+    pub related: Option<ObjectReference>,
+}
+
 /// Tells when objects of a kind may have changed.
 pub trait Changes: Send {
     /// Ends when something may have changed since the last call, or after a while in any case.
@@ -136,6 +150,8 @@ pub trait Store: Send + Sync + 'static {
     fn update_status<K: Object>(&self, object: K) -> impl Future<Output = Result<K, Error>> + Send;
     /// Deletes it, or marks it if it has finalizers. With `unchanged`: only if it still has that UID and resourceVersion.
     fn delete<K: Object>(&self, name: &str, unchanged: Option<&K>) -> impl Future<Output = Result<(), Error>> + Send;
+    /// Puts news among the object's events, where there are such things; of too many some are left out.
+    fn tell(&self, about: &ObjectReference, news: &News) -> impl Future<Output = Result<(), Error>> + Send;
     /// Changes of the kind from now on.
     fn changes<K: Object>(&self) -> impl Future<Output = Result<impl Changes, Error>> + Send;
 }

@@ -3,8 +3,9 @@
 
 use std::{future, time::Duration};
 
+use k8s_openapi::api::core::v1::ObjectReference;
 use kube::CustomResource;
-use lockstep_store::{Changes, Directory, Error, Listing, Object, Store, conformance};
+use lockstep_store::{Changes, Directory, Error, Listing, News, Object, Store, conformance};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -133,6 +134,9 @@ impl Store for Broken {
     }
     async fn delete<K: Object>(&self, name: &str, unchanged: Option<&K>) -> Result<(), Error> {
         self.store.delete(name, unchanged).await
+    }
+    async fn tell(&self, about: &ObjectReference, news: &News) -> Result<(), Error> {
+        self.store.tell(about, news).await
     }
     async fn changes<K: Object>(&self) -> Result<impl Changes, Error> {
         Ok(match self.breaks {

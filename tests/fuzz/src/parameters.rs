@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::volume_parameters::{Parameters, Transport, WriteBehind, own, parse};
+use crate::volume_parameters::{Parameters, Transport, WriteBehind, claim, own, parse};
 
 /// Lines `name=value`. A first letter may stand for a whole word, so that a fuzzer need not spell.
 pub fn parameters(data: &[u8]) {
@@ -16,6 +16,7 @@ pub fn parameters(data: &[u8]) {
     let given: BTreeMap<String, String> = given.map(|(name, value)| (word(name), word(value))).collect();
     let ours = own(&given);
     assert!(ours.iter().all(|(name, value)| given.get(name) == Some(value) && !name.starts_with("csi.storage.k8s.io/")));
+    assert_eq!(claim(&ours), None, "whose the volume is only the sidecars say");
     let parsed = parse(&given);
     assert_eq!(parse(&ours), parsed, "what the sidecars add changes nothing");
     match parsed {

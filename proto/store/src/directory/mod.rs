@@ -13,11 +13,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+use k8s_openapi::{api::core::v1::ObjectReference, apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use serde_json::Value;
 
 use self::{root::Root, watch::Watches};
-use crate::{Changes, Error, Listing, Object, Store, is_name, merge};
+use crate::{Changes, Error, Listing, News, Object, Store, is_name, merge};
 
 /// A directory of objects.
 #[derive(Clone, Debug)]
@@ -286,6 +286,11 @@ impl Store for Directory {
             Ok((!gone(&stored)).then_some(all))
         });
         deleted.await.map(drop)
+    }
+
+    /// Nobody reads events in a directory: the log has them.
+    async fn tell(&self, _: &ObjectReference, _: &News) -> Result<(), Error> {
+        Ok(())
     }
 
     async fn changes<K: Object>(&self) -> Result<impl Changes, Error> {

@@ -3,10 +3,12 @@
 //! The API itself has the semantics that the crate promises; here its answers become ours. Objects are sent and read as JSON first, so that one
 //! that this version cannot understand is named and does not hide the others.
 
+mod events;
 mod watch;
 
 use std::{any::TypeId, future::Future, io, path::Path, time::Duration};
 
+use k8s_openapi::api::core::v1::ObjectReference;
 use kube::{
     Api, Client, Config, Resource,
     api::{ApiResource, DeleteParams, DynamicObject, ListParams, PostParams, Preconditions},
@@ -16,14 +18,16 @@ use kube::{
 use serde::Serialize;
 use serde_json::Value;
 
-use self::watch::Watches;
-use crate::{Changes, Error, Listing, Object, Store, is_name, merge};
+use self::{events::Events, watch::Watches};
+use crate::{Changes, Error, Listing, News, Object, Store, is_name, merge};
 
 /// How long one request may take: whoever waits for it hears that it is not known what became of it.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The group of the objects that belong to a node, which their `spec.node` names. Their definitions make that field selectable.
 const GROUP: &str = "lockstep.io";
+/// Who events are from.
+const REPORTER: &str = "csi.lockstep.io";
 
 /// Objects in a Kubernetes API server. Those of a namespaced kind are in one namespace: the pod's, or the kubeconfig's.
 ///
@@ -32,6 +36,7 @@ const GROUP: &str = "lockstep.io";
 pub struct Kubernetes {
     client: Client,
     watches: Watches,
+    events: Events,
     /// Whose objects are listed and watched; none: everybody's.
     node: Option<String>,
 }
@@ -66,13 +71,15 @@ impl Kubernetes {
 
     fn with(config: Config) -> Result<Self, Error> {
         let client = Client::try_from(config).map_err(|error| failed("making a client".into(), error))?;
-        Ok(Self { client, watches: Watches::default(), node: None })
+        let events = Events::new(client.clone(), REPORTER, None);
+        Ok(Self { client, watches: Watches::default(), events, node: None })
     }
 
     /// As a node sees it: only its own disks and volumes are listed and watched. Any other can be asked for by its name.
     #[must_use]
     pub fn of_node(self, node: &str) -> Self {
-        Self { watches: Watches::default(), node: Some(node.to_owned()), ..self }
+        let events = Events::new(self.client.clone(), REPORTER, Some(node.to_owned()));
+        Self { watches: Watches::default(), events, node: Some(node.to_owned()), ..self }
     }
 
     /// What is listed and watched of a kind.
@@ -223,6 +230,14 @@ impl Store for Kubernetes {
         let params = DeleteParams { preconditions, ..DeleteParams::default() };
         let api = self.api::<K, DynamicObject>();
         asked::<K, _>("deleting", name, api.delete(name, &params)).await.map(drop)
+    }
+
+    async fn tell(&self, about: &ObjectReference, news: &News) -> Result<(), Error> {
+        let name = about.name.as_deref().unwrap_or_default();
+        let what = || format!("telling {} {name} of {}", about.kind.as_deref().unwrap_or_default(), news.reason);
+        let told = tokio::time::timeout(PATIENCE, self.events.tell(about, news));
+        let told = told.await.map_err(|_| Error::Io { what: what(), source: io::ErrorKind::TimedOut.into() })?;
+        told.map_err(|error| failed(what(), error))
     }
 
     async fn changes<K: Object>(&self) -> Result<impl Changes, Error> {
