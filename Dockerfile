@@ -1,18 +1,26 @@
-# Two images: `controller` needs nothing but its binary; `node` also needs the distribution's mkfs, fsck, mount and blkid.
-#   docker build --target controller -t lockstep-controller .
-#   docker build --target node -t lockstep-node .
+# Three images: `controller` and `holder` have nothing but their program; `node` also has the distribution's mkfs, fsck, mount and blkid.
+#   docker build --target controller -t lockstep/controller:0.1.0 .
+#   docker build --target node -t lockstep/node:0.1.0 .
+#   docker build --target holder -t lockstep/holder:0.1.0 .
 FROM rust:1-trixie AS builder
 WORKDIR /src
 COPY . .
+# Where a target is named, its flags are not those of macros and build scripts, which cannot be static.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/target \
-    CARGO_TARGET_DIR=/target cargo build --release --locked -p lockstep-csi-controller -p lockstep-csi-node \
-    && install -D -t /out /target/release/csi-controller /target/release/csi-node
+    export CARGO_TARGET_DIR=/target host=$(rustc -vV | sed -n 's/^host: //p') \
+    && RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --target "$host" -p lockstep-csi-controller -p lockstep-fuse-holder \
+    && cargo build --release --locked -p lockstep-csi-node \
+    && install -D -t /out "/target/$host/release/csi-controller" "/target/$host/release/fuse-holder" /target/release/csi-node
 
-FROM debian:trixie-slim AS controller
-COPY --from=builder /out/csi-controller /usr/local/bin/
+FROM scratch AS controller
+COPY --from=builder /out/csi-controller /
 USER 65532:65532
-ENTRYPOINT ["/usr/local/bin/csi-controller"]
+ENTRYPOINT ["/csi-controller"]
+
+FROM scratch AS holder
+COPY --from=builder /out/fuse-holder /
+ENTRYPOINT ["/fuse-holder"]
 
 FROM debian:trixie-slim AS node
 RUN apt-get update \

@@ -4,9 +4,12 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Parser;
-use lockstep_proto::{endpoint::Endpoint, logging};
-use lockstep_store::{Directory, Kubernetes, Store};
+use lockstep_proto::{endpoint::Endpoint, logging, objects::MirrorVolume};
+use lockstep_store::{Directory, Kubernetes, Listing, Store};
 use tokio::signal::unix::{SignalKind, signal};
+
+/// So many volumes are named where none should be.
+const NAMED: usize = 10;
 
 /// Lockstep's CSI controller: serves CSI's Identity and Controller services on a unix socket. It only works on objects and may run
 /// anywhere, as any user. What it logs is set with LOCKSTEP_LOG (error, warn, info, debug).
@@ -24,26 +27,54 @@ struct Arguments {
     /// cluster.
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
+    /// Serves nothing: ends with an error if there are volumes, and names them. The chart asks this before it is uninstalled.
+    #[arg(long)]
+    refuse_if_volumes_exist: bool,
 }
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let Arguments { endpoint, objects, kubeconfig } = Arguments::parse();
+    let Arguments { endpoint, objects, kubeconfig, refuse_if_volumes_exist } = Arguments::parse();
     logging::init()?;
+    let serves = (!refuse_if_volumes_exist).then_some(&endpoint);
     match (objects, kubeconfig) {
         (Some(dir), _) => {
             let store = Directory::open(&dir).with_context(|| format!("--objects {}", dir.display()))?;
-            serve(store, &endpoint, &dir.display().to_string()).await
+            run(store, serves, &dir.display().to_string()).await
         }
         (None, Some(file)) => {
             let store = Kubernetes::with_kubeconfig(&file).await.with_context(|| format!("--kubeconfig {}", file.display()))?;
-            serve(store, &endpoint, &file.display().to_string()).await
+            run(store, serves, &file.display().to_string()).await
         }
         (None, None) => {
             let store = Kubernetes::in_pod().context("neither --objects nor --kubeconfig is given, and this is no pod of a cluster")?;
-            serve(store, &endpoint, "the pod's cluster").await
+            run(store, serves, "the pod's cluster").await
         }
     }
+}
+
+async fn run(store: impl Store, serves: Option<&Endpoint>, objects: &str) -> anyhow::Result<()> {
+    match serves {
+        Some(endpoint) => serve(store, endpoint, objects).await,
+        None => refuse_if_volumes_exist(&store).await,
+    }
+}
+
+/// What cannot be read is a volume too.
+async fn refuse_if_volumes_exist(store: &impl Store) -> anyhow::Result<()> {
+    let Listing { objects, unreadable } = store.list::<MirrorVolume>().await?;
+    let count = objects.len() + unreadable.len();
+    let described = |volume: MirrorVolume| {
+        let claim = volume.spec.claim.map_or(String::new(), |claim| format!(" ({claim})"));
+        format!("{}{claim}", volume.metadata.name.unwrap_or_default())
+    };
+    let named =
+        objects.into_iter().map(described).chain(unreadable.iter().map(ToString::to_string)).take(NAMED).collect::<Vec<_>>().join(", ");
+    anyhow::ensure!(
+        count == 0,
+        "there are {count} volumes, and nobody would serve them: {named}. Delete their claims, or their PersistentVolumes, first"
+    );
+    Ok(())
 }
 
 async fn serve(store: impl Store, endpoint: &Endpoint, objects: &str) -> anyhow::Result<()> {

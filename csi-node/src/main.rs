@@ -13,7 +13,7 @@ use lockstep_csi_node::{
     disks::Disks,
     lease, memory, mounts,
     node::Node,
-    rpc::{Identity, NodeService},
+    rpc::{Identity, NodeService, Registration},
     state_dir::StateDir,
 };
 use lockstep_datapath::{Datapath, Holder};
@@ -30,7 +30,7 @@ use tokio::{
     sync::watch,
 };
 use tonic::transport::Server;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 /// How long calls that are under way may take at the end.
 const LAST_CALLS: Duration = Duration::from_secs(15);
@@ -73,6 +73,13 @@ struct Args {
     /// The socket of the FUSE holder (`fuse-holder --socket`). Without it, the end of this process is the end of its volumes' devices.
     #[arg(long, value_name = "PATH")]
     fuse_holder: Option<PathBuf>,
+    /// The kubelet's directory of plugins (its plugins_registry): a socket is put there by which the kubelet registers this node. Without it
+    /// nobody is registered.
+    #[arg(long, value_name = "DIR", requires = "endpoint_on_host")]
+    registration_dir: Option<PathBuf>,
+    /// The path of the socket of --endpoint, as the kubelet sees it.
+    #[arg(long, value_name = "PATH")]
+    endpoint_on_host: Option<PathBuf>,
     /// How many threads serve volumes; each carries many.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
     datapath_threads: u8,
@@ -83,7 +90,19 @@ fn main() -> anyhow::Result<()> {
     // for a dump.
     rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
     lockstep_datapath::errand::serve(&lockstep_csi_node::ERRANDS);
-    let Args { endpoint, node_name, config, state_dir, objects, kubeconfig, fuse_holder, datapath_threads } = Args::parse();
+    let Args {
+        endpoint,
+        node_name,
+        config,
+        state_dir,
+        objects,
+        kubeconfig,
+        fuse_holder,
+        registration_dir,
+        endpoint_on_host,
+        datapath_threads,
+    } = Args::parse();
+    let registration = registration_dir.zip(endpoint_on_host.map(Registration::new));
     logging::init()?;
     memory::lock();
     anyhow::ensure!(
@@ -106,8 +125,8 @@ fn main() -> anyhow::Result<()> {
     let datapath = Datapath::start(usize::from(datapath_threads), holder)?;
     let parts = Parts { name: node_name, state, disks, datapath };
     match store {
-        Objects::Directory(store) => runtime.block_on(run(parts.with(store), &endpoint))?,
-        Objects::Kubernetes(store) => runtime.block_on(run(parts.with(store), &endpoint))?,
+        Objects::Directory(store) => runtime.block_on(run(parts.with(store), &endpoint, registration))?,
+        Objects::Kubernetes(store) => runtime.block_on(run(parts.with(*store), &endpoint, registration))?,
     }
     // A thread that waits for a hung disk must not keep the process.
     runtime.shutdown_background();
@@ -129,7 +148,7 @@ fn find_holder(path: &Path) -> anyhow::Result<Arc<Holder>> {
 /// Where the objects are.
 enum Objects {
     Directory(Directory),
-    Kubernetes(Kubernetes),
+    Kubernetes(Box<Kubernetes>),
 }
 
 impl Objects {
@@ -139,7 +158,7 @@ impl Objects {
             (None, Some(file)) => Kubernetes::with_kubeconfig(&file).await.with_context(|| format!("--kubeconfig {}", file.display()))?,
             (None, None) => Kubernetes::in_pod().context("neither --objects nor --kubeconfig is given, and this is no pod of a cluster")?,
         };
-        Ok(Self::Kubernetes(store.of_node(node)))
+        Ok(Self::Kubernetes(Box::new(store.of_node(node))))
     }
 }
 
@@ -157,7 +176,7 @@ impl Parts {
     }
 }
 
-async fn run<S: Store>(node: Arc<Node<S>>, endpoint: &Endpoint) -> anyhow::Result<()> {
+async fn run<S: Store>(node: Arc<Node<S>>, endpoint: &Endpoint, registration: Option<(PathBuf, Registration)>) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let identity = Identity::default();
@@ -169,6 +188,15 @@ async fn run<S: Store>(node: Arc<Node<S>>, endpoint: &Endpoint) -> anyhow::Resul
         let node = Arc::clone(&node);
         async move { lease::keep(&node.store, &node.name).await }
     });
+    if let Some((dir, registration)) = registration {
+        tokio::spawn(async move {
+            // Volumes are served all the same.
+            while let Err(error) = registration.clone().serve(&dir).await {
+                error!(%error, "the kubelet cannot register this node; tried again");
+                tokio::time::sleep(HANDOVER).await;
+            }
+        });
+    }
     info!(%endpoint, node = node.name, "serving");
     let (ending, mut ended) = watch::channel(false);
     let serving = Server::builder()

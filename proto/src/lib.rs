@@ -20,6 +20,12 @@ pub mod csi {
     tonic::include_proto!("csi.v1");
 }
 
+/// The kubelet's plugin registration: what `registration.proto` says, as Rust.
+#[allow(missing_docs, clippy::all)]
+pub mod registration {
+    tonic::include_proto!("pluginregistration");
+}
+
 /// The CSI driver's name.
 pub const DRIVER_NAME: &str = "csi.lockstep.io";
 /// The topology key; its value is the node's name, for ever.

@@ -2,6 +2,7 @@
 
 mod identity;
 mod node;
+mod registration;
 
 use std::path::{Path, PathBuf};
 
@@ -9,6 +10,7 @@ use crate::{error::Error, mounts};
 
 pub use identity::Identity;
 pub use node::NodeService;
+pub use registration::Registration;
 
 fn required(field: &str, value: &str) -> Result<String, Error> {
     if value.is_empty() { Err(Error::InvalidArgument(format!("{field} is missing"))) } else { Ok(value.to_owned()) }

@@ -1,5 +1,7 @@
 //! The Kubernetes API that `tests/cluster/with-api` started, and what is put into it.
 
+pub mod chart;
+
 use std::{path::PathBuf, time::Duration};
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;

@@ -31,8 +31,8 @@ pub struct Driver<S = Directory> {
     pub client: Client,
     /// Their objects.
     pub store: S,
-    /// How the processes are told where these are.
-    objects: [String; 2],
+    /// How csi-node and csi-controller are told where these are.
+    objects: [[String; 2]; 2],
     dir: PathBuf,
     /// csi-node's PATH.
     programs: OsString,
@@ -79,13 +79,14 @@ impl Driver {
         fs::create_dir_all(lab.path("driver")).expect("a directory");
         let objects = lab.path("driver/objects");
         let store = Directory::open(&objects).expect("a directory of objects");
-        Self::start_with(lab, store, ["--objects".into(), text(&objects).into()]).await
+        let objects = ["--objects".into(), text(&objects).into()];
+        Self::start_with(lab, store, [objects.clone(), objects]).await
     }
 }
 
 impl<S: Store> Driver<S> {
-    /// The same with their objects elsewhere: an argument of both says where.
-    pub async fn start_with(lab: &Lab, store: S, objects: [String; 2]) -> Self {
+    /// The same with their objects elsewhere: an argument of csi-node, and one of csi-controller, say where.
+    pub async fn start_with(lab: &Lab, store: S, objects: [[String; 2]; 2]) -> Self {
         let dir = lab.path("driver");
         fs::create_dir_all(&dir).expect("a directory");
         fs::write(dir.join("node.yaml"), format!("disks:\n- path: {}/*\n", text(&lab.path("disks")))).expect("a configuration");
@@ -143,7 +144,7 @@ impl<S: Store> Driver<S> {
             ("--node-name", NODE.into()),
             ("--config", self.at("node.yaml")),
             ("--state-dir", self.at("state")),
-            (self.objects[0].as_str(), self.objects[1].clone()),
+            (self.objects[0][0].as_str(), self.objects[0][1].clone()),
         ];
         for (name, value) in pairs.into_iter().chain(self.holder.is_some().then(|| ("--fuse-holder", self.at("holder.sock")))) {
             args.extend([name.to_owned(), value]);
@@ -197,7 +198,7 @@ impl<S: Store> Driver<S> {
     /// Starts csi-controller.
     pub async fn start_controller(&mut self) {
         let endpoint = format!("unix://{}", self.at("controller.sock"));
-        let [option, objects] = &self.objects;
+        let [_, [option, objects]] = &self.objects;
         self.controller =
             Some(start("csi-controller", &self.dir.join("controller.log"), &self.programs, &["--endpoint", &endpoint, option, objects]));
         let client = &self.client;

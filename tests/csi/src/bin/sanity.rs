@@ -85,7 +85,8 @@ async fn run(program: &str, kubeconfig: Option<&str>, access: &str) -> anyhow::R
     let store = Kubernetes::with_kubeconfig(Path::new(kubeconfig)).await?;
     clear::<MirrorVolume>(&store).await?;
     clear::<LocalDisk>(&store).await?;
-    let driver = Driver::start_with(&lab, store, ["--kubeconfig".into(), kubeconfig.into()]).await;
+    let objects = ["--kubeconfig".to_owned(), kubeconfig.to_owned()];
+    let driver = Driver::start_with(&lab, store, [objects.clone(), objects]).await;
     run_on(program, access, &lab, driver).await
 }
 
