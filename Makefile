@@ -25,7 +25,7 @@ test: ## Every tier, as CI runs it, and a table of them
 sim: ## Random histories of the mirror in the simulator: what they reach, and that no oracle breaks (SEEDS=N FIRST=N)
 	cargo run --quiet --release --locked -p lockstep-sim --bin sim -- --seeds $(SEEDS) --first $(FIRST)
 
-explore: ## Every interleaving of a few writes, a flush, a fault and a crash on a tiny volume (WRITES=1 to 3; 3 takes long)
+explore: ## Every interleaving of a few writes, a flush, a fault and a crash on a tiny volume (WRITES=1 to 3; 3: a quarter of an hour)
 	cargo run --quiet --release --locked -p lockstep-sim --bin explore -- --writes $(WRITES)
 
 fuzz: ## The decoders on what a fuzzer thinks of, each for FUZZ_SECONDS=N
