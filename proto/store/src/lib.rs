@@ -17,6 +17,7 @@ pub mod conformance;
 mod directory;
 mod kubernetes;
 mod merge;
+mod told;
 
 use std::{fmt::Debug, future::Future, path::PathBuf};
 

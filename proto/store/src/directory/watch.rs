@@ -10,10 +10,10 @@ use std::{
 };
 
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
-use tokio::sync::watch::{Receiver, Sender};
+use tokio::sync::watch::Sender;
 
 use super::failed;
-use crate::{Changes, Error};
+use crate::{Error, told::Told};
 
 /// Changes that inotify did not tell of are seen after this.
 const RELIST: Duration = Duration::from_secs(10);
@@ -32,7 +32,7 @@ struct Watch {
 
 impl Watches {
     /// Changes in the directory of a kind, which must be there. The first one who asks starts the watch; it lasts.
-    pub(super) fn changes(&self, kind: &str, dir: &Path) -> Result<WatchedChanges, Error> {
+    pub(super) fn changes(&self, kind: &str, dir: &Path) -> Result<Told<Self>, Error> {
         let metadata = fs::metadata(dir).map_err(|source| failed("looking at", dir, source))?;
         let of = (metadata.dev(), metadata.ino());
         let mut watches = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -44,7 +44,7 @@ impl Watches {
             watches.insert(kind.to_owned(), Watch { sender: sender.clone(), of, _watcher });
         }
         drop(watches);
-        Ok(WatchedChanges { receiver: sender.subscribe(), _watches: self.clone() })
+        Ok(Told { relist: RELIST, receiver: sender.subscribe(), _watches: self.clone() })
     }
 }
 
@@ -57,18 +57,4 @@ fn watch(dir: &Path, sender: Sender<()>) -> notify::Result<RecommendedWatcher> {
     })?;
     watcher.watch(dir, RecursiveMode::NonRecursive)?;
     Ok(watcher)
-}
-
-/// Changes since it was made.
-pub(super) struct WatchedChanges {
-    receiver: Receiver<()>,
-    /// Keeps the watch, also without the store.
-    _watches: Watches,
-}
-
-impl Changes for WatchedChanges {
-    async fn next(&mut self) {
-        // Either way it is time to look again.
-        drop(tokio::time::timeout(RELIST, self.receiver.changed()).await);
-    }
 }

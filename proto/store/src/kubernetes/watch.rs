@@ -16,13 +16,10 @@ use kube::{
         watcher::{self, Event, watcher},
     },
 };
-use tokio::{
-    sync::watch::{Receiver, Sender},
-    task::AbortHandle,
-};
+use tokio::{sync::watch::Sender, task::AbortHandle};
 use tracing::warn;
 
-use crate::Changes;
+use crate::told::Told;
 
 /// Who waits looks again after this, told or not.
 const RELIST: Duration = Duration::from_secs(30);
@@ -51,14 +48,14 @@ impl Watches {
         api: Api<PartialObjectMeta<DynamicObject>>,
         resource: ApiResource,
         selector: Option<String>,
-    ) -> WatchedChanges {
+    ) -> Told<Self> {
         let mut watches = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let watch = watches.entry(api.resource_url().to_owned()).or_insert_with(|| {
             let sender = Sender::new(());
             let task = tokio::spawn(follow(api, resource.plural, selector, sender.clone())).abort_handle();
             Watch { sender, task }
         });
-        WatchedChanges { receiver: watch.sender.subscribe(), _watches: self.clone() }
+        Told { relist: RELIST, receiver: watch.sender.subscribe(), _watches: self.clone() }
     }
 }
 
@@ -74,19 +71,5 @@ async fn follow(api: Api<PartialObjectMeta<DynamicObject>>, kind: String, select
             // Tried again, less and less often.
             Err(error) => warn!(%error, kind, "the objects are not watched"),
         }
-    }
-}
-
-/// Changes since it was made.
-pub(super) struct WatchedChanges {
-    receiver: Receiver<()>,
-    /// Keeps the watch, also without the store.
-    _watches: Watches,
-}
-
-impl Changes for WatchedChanges {
-    async fn next(&mut self) {
-        // Either way it is time to look again.
-        drop(tokio::time::timeout(RELIST, self.receiver.changed()).await);
     }
 }
