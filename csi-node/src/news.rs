@@ -62,9 +62,7 @@ impl<S: Store> Node<S> {
         };
         tokio::spawn(telling.in_current_span());
     }
-}
 
-impl<S: Store> Node<S> {
     /// A mirror is not assembled from what was found.
     pub(crate) fn tell_of_refusal(self: &Arc<Self>, volume: &MirrorVolume, error: &Error) {
         let Error::Datapath(lockstep_datapath::Error::Refused(refusal)) = error else { return };

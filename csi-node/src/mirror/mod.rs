@@ -295,13 +295,13 @@ impl<S: Store> Node<S> {
             Notice::LegFailed { slot, error } => {
                 let leg = leg(*slot);
                 open.leg_failed(leg, error.to_string());
-                // ENODEV: it was left out when the mirror was assembled, which says nothing about its disk.
                 if let Some(disk) = open.disk_of(leg) {
-                    let label = self.disks.get(&disk).map_or(disk, |disk| disk.label);
+                    let label = self.disks.get(&disk).map_or_else(|| disk.clone(), |disk| disk.label);
                     *open.loss.lock().unwrap_or_else(PoisonError::into_inner) = Some(format!("the copy on {label} is lost ({error})"));
-                }
-                if let Some(disk) = open.disk_of(leg).filter(|_| *error != Errno::ENODEV) {
-                    self.disks.fail(&disk, &format!("a copy of volume {} on it got {error}", open.id));
+                    // ENODEV: it was left out when the mirror was assembled, which says nothing about its disk.
+                    if *error != Errno::ENODEV {
+                        self.disks.fail(&disk, &format!("a copy of volume {} on it got {error}", open.id));
+                    }
                 }
             }
             Notice::Unreadable { range } => {
