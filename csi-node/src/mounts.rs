@@ -176,7 +176,7 @@ pub fn unmount_lazily(path: &Path) -> io::Result<()> {
 fn unmount_with(path: &Path, lazily: bool) -> io::Result<()> {
     // One mount is one errand: whoever comes after a csi-node that was killed may have mounted something there.
     while at(path)?.is_some() {
-        errand::send(Unmount { path: path.to_owned(), lazily })?.map_err(io::Error::from_raw_os_error)?;
+        errand::ask(Unmount { path: path.to_owned(), lazily })?;
     }
     Ok(())
 }

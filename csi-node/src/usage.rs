@@ -1,7 +1,6 @@
 //! NodeGetVolumeStats and NodeExpandVolume: how full a volume is, and how it grows while it is used.
 
 use std::{
-    io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -80,9 +79,8 @@ impl<S: Store> Node<S> {
             return Ok(vec![VolumeUsage { unit: Unit::Bytes.into(), total: signed(total), ..VolumeUsage::default() }]);
         }
         blocking(&id, move || {
-            let failed = || Error::io(format!("statfs {}", path.display()));
-            let used = errand::send(StatFs { path: path.clone() }).map_err(failed())?;
-            let Usage { bytes, inodes } = used.map_err(|errno| failed()(io::Error::from_raw_os_error(errno)))?;
+            let used = errand::ask(StatFs { path: path.clone() });
+            let Usage { bytes, inodes } = used.map_err(Error::io(format!("statfs {}", path.display())))?;
             let unit = |unit: Unit, [total, available, used]: [u64; 3]| VolumeUsage {
                 unit: unit.into(),
                 total: signed(total),

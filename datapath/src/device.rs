@@ -100,7 +100,8 @@ impl Mount {
 
     /// Makes the kernel see the file's new size, and then the device. Blocks until the datapath serves it.
     pub(crate) fn refresh_size(&self, device: &LoopDevice) -> Result<(), Error> {
-        send(RefreshSize { file: self.path.clone(), device: device.clone() }).context(|| format!("growing {}", device.path().display()))
+        errand::ask(RefreshSize { file: self.path.clone(), device: device.clone() })
+            .context(|| format!("growing {}", device.path().display()))
     }
 
     /// Unmounts it, also if somebody still has it open. Not mounted any more: fine.
@@ -151,16 +152,12 @@ impl Errand for Detach {
     }
 }
 
-fn send(errand: impl Errand<Answer = Said<()>>) -> std::io::Result<()> {
-    errand::send(errand)?.map_err(std::io::Error::from_raw_os_error)
-}
-
 /// Detaches a device that no file system is on any more; one that was unmounted a moment ago is waited for. Otherwise in use: it goes with its last
 /// user. Blocks until the datapath serves it.
 pub(crate) fn detach(device: &LoopDevice) -> Result<(), Error> {
     let deadline = Instant::now() + LET_GO;
     loop {
-        match send(Detach { device: device.clone() }) {
+        match errand::ask(Detach { device: device.clone() }) {
             Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy && Instant::now() < deadline => std::thread::sleep(AGAIN),
             done => {
                 return done.context(|| {

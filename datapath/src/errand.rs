@@ -104,6 +104,14 @@ pub fn send<E: Errand>(errand: E) -> io::Result<E::Answer> {
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
+/// The same, of an errand that comes back with an error number: that is the error.
+///
+/// # Errors
+/// Those of `send`, and what the system said.
+pub fn ask<T>(errand: impl Errand<Answer = Said<T>>) -> io::Result<T> {
+    send(errand)?.map_err(io::Error::from_raw_os_error)
+}
+
 #[cfg(test)]
 mod tests {
     use serde::Deserialize;
@@ -127,6 +135,7 @@ mod tests {
         assert_eq!(run("\"/nonexistent\"").unwrap(), format!("{{\"Err\":{}}}", libc::ENOENT));
         assert!(run("7").is_err());
         assert_eq!(send(Open("/nonexistent".into())).unwrap(), Err(libc::ENOENT));
+        assert_eq!(ask(Open("/nonexistent".into())).unwrap_err().raw_os_error(), Some(libc::ENOENT));
         assert!(send(Open("/".into())).unwrap().is_ok());
     }
 }
