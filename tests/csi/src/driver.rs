@@ -14,6 +14,7 @@ use lockstep_store::{Directory, Error, Store};
 use crate::{
     client::{Client, Place},
     lab::{Lab, text},
+    memory::MemoryGroup,
 };
 
 /// The name of the lab's node.
@@ -180,12 +181,11 @@ impl<S: Store> Driver<S> {
     }
 
     /// Starts this build of csi-node, in a cgroup perhaps, and does not wait for it; what it does to its volumes' metadata is in its log.
-    pub fn spawn_node(&mut self, build: &Path, log: &Path, cgroup: Option<&Path>) {
+    pub fn spawn_node(&mut self, build: &Path, log: &Path, group: Option<&MemoryGroup>) {
         let log = fs::File::options().create(true).append(true).open(log).expect("a log");
-        let enter = cgroup.map_or(String::new(), |cgroup| format!("echo $$ > {}/cgroup.procs && ", text(cgroup)));
-        let mut command = Command::new("sh");
+        let mut command = Command::new("setpriv");
         command.env("PATH", &self.programs).env("LOCKSTEP_LOG", "info,lockstep_datapath=debug");
-        command.arg("-c").arg(enter + "exec \"$@\"").args(["sh", "setpriv", "--pdeathsig", "KILL"]).arg(build).args(self.node_args());
+        command.args(["--pdeathsig", "KILL"]).args(group.into_iter().flat_map(MemoryGroup::enter)).arg(build).args(self.node_args());
         self.node = Some(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("csi-node"));
     }
 
@@ -219,12 +219,6 @@ impl<S: Store> Driver<S> {
     pub fn sockets(&self) -> (PathBuf, PathBuf) {
         (self.dir.join("node.sock"), self.dir.join("controller.sock"))
     }
-
-    /// csi-node's process.
-    pub fn node_pid(&self) -> u32 {
-        self.node.as_ref().expect("csi-node runs").id()
-    }
-
     /// SIGKILL for csi-node, and its end.
     pub fn kill_node(&mut self) {
         let mut node = self.node.take().expect("csi-node runs");
@@ -269,6 +263,20 @@ impl<S: Store> Driver<S> {
     pub async fn place(&self, name: &str, bytes: u64, fs_type: Option<&'static str>) -> Place {
         let volume = self.client.create(name, bytes, fs_type).await.expect("it is created");
         self.place_of(volume.volume_id, fs_type)
+    }
+
+    /// So many raw volumes of this size, `v0` and on, staged and published all at once.
+    pub async fn devices_up(&self, count: usize, bytes: u64) -> Vec<Place> {
+        let mut tasks = tokio::task::JoinSet::new();
+        for number in 0..count {
+            let place = self.place(&format!("v{number}"), bytes, None).await;
+            let client = self.client.clone();
+            tasks.spawn(async move {
+                place.up(&client).await.unwrap_or_else(|error| panic!("{}: {error}", place.id));
+                place
+            });
+        }
+        tasks.join_all().await
     }
 
     /// The paths of a volume that there is.

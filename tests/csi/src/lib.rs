@@ -11,3 +11,4 @@ pub mod driver;
 pub mod kills;
 pub mod lab;
 pub mod load;
+pub mod memory;

@@ -259,16 +259,7 @@ async fn fifty_volumes_lose_a_disk(loss: Loss) {
     let (lost_disk, disk) = lab.add_faulty_disk(3000, 50);
     let mut driver = Driver::start(&lab).await;
     until_ready_disks(&driver, 2).await;
-    let mut tasks = tokio::task::JoinSet::new();
-    for number in 0..VOLUMES {
-        let place = driver.place(&format!("v{number}"), 16 * MIB, None).await;
-        let client = driver.client.clone();
-        tasks.spawn(async move {
-            place.up(&client).await.unwrap_or_else(|error| panic!("{}: {error}", place.id));
-            place
-        });
-    }
-    let places = tasks.join_all().await;
+    let places = driver.devices_up(VOLUMES, 16 * MIB).await;
     for place in &places {
         until_ready_is(&driver, &place.id, "Healthy").await;
     }

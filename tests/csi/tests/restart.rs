@@ -2,7 +2,6 @@
 #![allow(missing_docs)]
 
 use std::{
-    fs,
     path::PathBuf,
     thread,
     time::{Duration, Instant},
@@ -12,6 +11,7 @@ use lockstep_csi_tests::{
     driver::Driver,
     lab::{Lab, identical},
     load::{self, Direct},
+    memory::kib,
 };
 
 const MIB: u64 = 1 << 20;
@@ -21,9 +21,7 @@ const BEHIND: u64 = 12 * MIB;
 
 /// What csi-node has in memory, in KiB, its share of what it shares.
 fn memory(driver: &Driver) -> u64 {
-    let maps = fs::read_to_string(format!("/proc/{}/smaps_rollup", driver.node_id())).unwrap();
-    let line = maps.lines().find_map(|line| line.strip_prefix("Pss:")).expect("the kernel says it");
-    line.trim().trim_end_matches("kB").trim().parse().unwrap()
+    kib(driver.node_id(), "smaps_rollup", "Pss")
 }
 
 /// What each volume adds to that.
@@ -50,16 +48,7 @@ async fn fifty_volumes_under_load_are_all_served_on_by_the_next_csi_node() {
     let mut driver = Driver::start(&lab).await;
     driver.use_holder().await;
     let none = memory(&driver);
-    let mut tasks = tokio::task::JoinSet::new();
-    for number in 0..VOLUMES {
-        let place = driver.place(&format!("v{number}"), 16 * MIB, None).await;
-        let client = driver.client.clone();
-        tasks.spawn(async move {
-            place.up(&client).await.unwrap_or_else(|error| panic!("{}: {error}", place.id));
-            place
-        });
-    }
-    let places = tasks.join_all().await;
+    let places = driver.devices_up(VOLUMES, 16 * MIB).await;
     let targets: Vec<PathBuf> = places.iter().map(|place| place.target.clone()).collect();
     let load = load::on_many(targets.iter().map(PathBuf::as_path), 10 + 5 * rounds);
     for round in 0..rounds {

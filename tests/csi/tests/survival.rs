@@ -18,11 +18,6 @@ use lockstep_native::faulty::Faults;
 
 const MIB: u64 = 1 << 20;
 
-async fn volume(lab: &Lab, driver: &Driver, name: &str, bytes: u64, fs_type: Option<&'static str>) -> Place {
-    let volume = driver.client.create(name, bytes, fs_type).await.unwrap();
-    Place { id: volume.volume_id, staging: lab.path(&format!("staging-{name}")), target: lab.path(&format!("target-{name}")), fs_type }
-}
-
 async fn copies_are_equal(driver: &Driver, place: &Place) {
     place.down(&driver.client).await.unwrap();
     let copies = driver.copies(&place.id).await;
@@ -42,8 +37,8 @@ async fn csi_node_is_killed_again_and_again_under_load_and_nobody_notices() {
     let lab = Lab::new(2, 1500);
     let mut driver = Driver::start(&lab).await;
     driver.use_holder().await;
-    let files = volume(&lab, &driver, "files", 512 * MIB, Some("ext4")).await;
-    let block = volume(&lab, &driver, "block", 256 * MIB, None).await;
+    let files = driver.place("files", 512 * MIB, Some("ext4")).await;
+    let block = driver.place("block", 256 * MIB, None).await;
     for place in [&files, &block] {
         place.up(&driver.client).await.unwrap();
     }
@@ -70,7 +65,7 @@ async fn csi_node_is_killed_while_a_disk_hangs_and_the_other_disk_serves() {
     let lab = Lab::new(2, 1500);
     let mut driver = Driver::start(&lab).await;
     driver.use_holder().await;
-    let place = volume(&lab, &driver, "hung", 256 * MIB, None).await;
+    let place = driver.place("hung", 256 * MIB, None).await;
     place.up(&driver.client).await.unwrap();
     first_write(&place, 0);
     let load = load::on_device(&place.target, 40);
@@ -127,7 +122,7 @@ async fn csi_node_that_is_killed_while_it_unmounts_ends_at_once_and_the_next_one
     let mut disks = [lab.add_faulty_disk(1500, 1).1, lab.add_faulty_disk(1500, 2).1];
     let mut driver = Driver::start(&lab).await;
     driver.use_holder().await;
-    let place = volume(&lab, &driver, "files", 512 * MIB, Some("ext4")).await;
+    let place = driver.place("files", 512 * MIB, Some("ext4")).await;
     place.up(&driver.client).await.unwrap();
     let file = place.target.join("file");
     let content: Vec<u8> = (0..64 * MIB).map(|at| (at / 4096 % 251) as u8).collect();
@@ -138,7 +133,7 @@ async fn csi_node_that_is_killed_while_it_unmounts_ends_at_once_and_the_next_one
     let (client, staged) = (driver.client.clone(), place.clone());
     let unstaging = tokio::spawn(async move { client.unstage(&staged.id, &staged.staging).await });
     until("not in the list of mounts any more", || async { (!mounted(&place.staging)).then_some(()) }).await;
-    let unmounting = errand(driver.node_pid(), "unmount");
+    let unmounting = errand(driver.node_id(), "unmount");
     let killed = Instant::now();
     driver.kill_node();
     let took = killed.elapsed();
@@ -186,8 +181,8 @@ async fn the_holder_dies_alone_unnoticed_and_with_csi_node_io_ends_with_an_error
     let lab = Lab::new(2, 1500);
     let mut driver = Driver::start(&lab).await;
     driver.use_holder().await;
-    let place = volume(&lab, &driver, "files", 256 * MIB, Some("ext4")).await;
-    let block = volume(&lab, &driver, "block", 64 * MIB, None).await;
+    let place = driver.place("files", 256 * MIB, Some("ext4")).await;
+    let block = driver.place("block", 64 * MIB, None).await;
     for place in [&place, &block] {
         place.up(&driver.client).await.unwrap();
     }

@@ -2,14 +2,15 @@
 
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
-use lockstep_native::text;
 use rustix::process::{Pid, Signal, kill_process};
+
+use crate::memory::MemoryGroup;
 
 const MIB: u64 = 1 << 20;
 /// Longer than this nobody takes to be killed for want of memory, but where what could be freed is being written to a disk that hangs.
@@ -52,54 +53,22 @@ fn is_dying(node: &mut Child) -> bool {
     pending & (1 << (Signal::KILL.as_raw() - 1)) != 0 || field("State:").is_none_or(|state| state.starts_with(['Z', 'X']))
 }
 
-/// A memory cgroup of our own.
-#[derive(Debug)]
-pub(super) struct MemoryGroup(PathBuf);
-
-impl MemoryGroup {
-    /// `None`: there is no memory controller of cgroup v1.
-    pub(super) fn new() -> Option<Self> {
-        let path = PathBuf::from(format!("/sys/fs/cgroup/memory/lockstep-kills.{}", std::process::id()));
-        let made = Path::new("/sys/fs/cgroup/memory/memory.limit_in_bytes").exists() && fs::create_dir_all(&path).is_ok();
-        made.then_some(Self(path))
+/// Somebody beside csi-node takes all the memory of the group, and csi-node is the one that the kernel kills for it. Until it is dying; `false`: nobody
+/// killed it. Who took the memory is killed and may end only when the next csi-node serves: it may wait for a page of the group's that is being
+/// written to a volume.
+pub(super) fn exhaust(group: &MemoryGroup, node: &mut Child) -> (Child, bool) {
+    const LIMIT: &str = "memory.limit_in_bytes";
+    fs::write(format!("/proc/{}/oom_score_adj", node.id()), "1000").expect("it may be raised");
+    group.set(LIMIT, group.get("memory.usage_in_bytes") + 4 * MIB);
+    let [shell, enter @ ..] = group.enter();
+    let mut hog = Command::new(shell);
+    hog.args(enter).args(["tail", "/dev/zero"]).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut hog = hog.spawn().expect("a shell");
+    let deadline = Instant::now() + PATIENCE;
+    while !is_dying(node) && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(1));
     }
-
-    pub(super) fn path(&self) -> &Path {
-        &self.0
-    }
-
-    fn limit(&self, bytes: &str) {
-        fs::write(self.0.join("memory.limit_in_bytes"), bytes).expect("a memory cgroup");
-    }
-
-    /// Somebody beside csi-node takes all the memory of the group, and csi-node is the one that the kernel kills for it. Until it is dying; `false`: nobody
-    /// killed it. Who took the memory is killed and may end only when the next csi-node serves: it may wait for a page of the group's that is being
-    /// written to a volume.
-    pub(super) fn exhaust(&self, node: &mut Child) -> (Child, bool) {
-        fs::write(format!("/proc/{}/oom_score_adj", node.id()), "1000").expect("it may be raised");
-        let usage = fs::read_to_string(self.0.join("memory.usage_in_bytes")).expect("a memory cgroup");
-        let usage: u64 = usage.trim().parse().expect("a number");
-        self.limit(&(usage + 4 * MIB).to_string());
-        let enter = format!("echo $$ > {}/cgroup.procs && exec tail /dev/zero", text(&self.0));
-        let mut hog = Command::new("sh");
-        hog.args(["-c", &enter]).stdout(Stdio::null()).stderr(Stdio::null());
-        let mut hog = hog.spawn().expect("a shell");
-        let deadline = Instant::now() + PATIENCE;
-        while !is_dying(node) && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(1));
-        }
-        self.limit("-1");
-        drop(hog.kill());
-        (hog, is_dying(node))
-    }
-}
-
-impl Drop for MemoryGroup {
-    fn drop(&mut self) {
-        // A process that was killed may leave it a moment later.
-        let deadline = Instant::now() + Duration::from_secs(2);
-        while fs::remove_dir(&self.0).is_err() && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(20));
-        }
-    }
+    group.set(LIMIT, -1);
+    drop(hog.kill());
+    (hog, is_dying(node))
 }

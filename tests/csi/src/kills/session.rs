@@ -16,7 +16,7 @@ use tonic::Status;
 
 use super::{
     End, Kind, Phase, Plan, Report,
-    end::{MemoryGroup, ends, signal, threads},
+    end::{ends, exhaust, signal, threads},
     loads::{self, Loads, Seen, Used},
     log::Log,
     postgres,
@@ -25,6 +25,7 @@ use crate::{
     client::Place,
     driver::{Driver, until},
     lab::{Lab, alone, text},
+    memory::MemoryGroup,
 };
 
 const MIB: u64 = 1 << 20;
@@ -73,7 +74,7 @@ pub async fn run(mut plan: Plan) -> Report {
     let mut driver = Driver::start(&lab).await;
     driver.start_holder();
     driver.terminate_node();
-    let memory = MemoryGroup::new();
+    let memory = MemoryGroup::new("lockstep-kills");
     if memory.is_none() {
         println!("no memory controller of cgroup v1: nobody is killed for want of memory");
         plan.kinds.retain(|kind| *kind != Kind::OutOfMemory);
@@ -141,7 +142,7 @@ impl Session {
         let build = &self.plan.builds[self.started % self.plan.builds.len()];
         // Not the first one, which mounts what is used: the pages of those file systems are not its group's then. They would be what is freed there, and
         // who waits for one that is being written to a volume waits for csi-node.
-        let group = self.memory.as_ref().filter(|_| self.started > 0).map(MemoryGroup::path);
+        let group = self.memory.as_ref().filter(|_| self.started > 0);
         self.started += 1;
         self.driver.spawn_node(build, &path, group);
         std::mem::replace(&mut self.log, Log::open(&path))
@@ -298,7 +299,7 @@ impl Session {
                 signal(&node, Signal::TERM);
             }
             Kind::OutOfMemory => {
-                let (who, killed) = self.memory.as_ref().expect("it was planned").exhaust(&mut node);
+                let (who, killed) = exhaust(self.memory.as_ref().expect("it was planned"), &mut node);
                 hog = Some(who);
                 over = Instant::now();
                 if !killed {
