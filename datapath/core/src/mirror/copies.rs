@@ -208,8 +208,9 @@ impl Mirror {
             (Step::Zero, Ok(_)) => self.after_hole(id, out),
             (Step::Read, Ok(_)) => {
                 copy.step = Step::Write;
-                let range = copy.piece;
-                self.issue(to, Purpose::Copy(id), LegOp::Write { range, buffer, fua: false }, out);
+                // What was refused must not come back with a power cut, once the old content was read again.
+                let (range, fua) = (copy.piece, matches!(copy.purpose, CopyFor::Mend(_)));
+                self.issue(to, Purpose::Copy(id), LegOp::Write { range, buffer, fua }, out);
             }
             (Step::Write, Ok(_)) if matches!(copy.purpose, CopyFor::Repair | CopyFor::Belief) => {
                 copy.step = Step::Verify;

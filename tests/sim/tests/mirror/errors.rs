@@ -69,6 +69,23 @@ fn case_41_no_space_takes_nobody_out_and_leaves_the_legs_equal() {
 }
 
 #[test]
+fn rule_28_what_was_refused_does_not_come_back_with_a_power_cut() {
+    for full in 0..2 {
+        let mut world = warm(17);
+        world.write(range(0, 16));
+        world.settle();
+        world.disks[full].full = true;
+        let write = world.write(range(4, 12));
+        while !world.answers.contains_key(&write) {
+            assert!(world.step(), "the write never ended");
+        }
+        assert_eq!(world.answers[&write], Err(Errno::ENOSPC));
+        let took = &world.disks[1 - full];
+        assert!((4..12).all(|block| took.read(block) == 2 && !took.cache.contains_key(&block)), "{took:?}");
+    }
+}
+
+#[test]
 fn rule_31_a_volume_that_grew_keeps_its_size_and_its_new_space() {
     for seed in 0..20 {
         let mut world = warm(seed);
