@@ -132,6 +132,11 @@ impl Bitmap {
         (new, regions.iter().filter(|region| region.counts()).count() as u64)
     }
 
+    /// Whether the clear of a region of this range is on its way to the disks: a bit that is wanted again makes it dirty again.
+    pub fn clearing(&self, range: BlockRange) -> bool {
+        self.regions[regions_of(range)].iter().any(|region| !region.set && region.on_disk)
+    }
+
     /// Whether a region of this range is being cleaned to make room.
     pub fn closing(&self, range: BlockRange) -> bool {
         self.regions[regions_of(range)].iter().any(|region| region.closing)

@@ -172,8 +172,9 @@ impl Mirror {
         let mut room = self.room_for_repairs();
         let fits = |part: &BlockRange| {
             let new = self.bitmap.counts_of(*part).0;
-            let fits = new <= room;
-            room -= if fits { new } else { 0 };
+            let Some(left) = &mut room else { return new == 0 && !self.bitmap.clearing(*part) };
+            let fits = new <= *left;
+            *left -= if fits { new } else { 0 };
             fits
         };
         let parts: Vec<BlockRange> = bitmap::parts(range).filter(fits).collect();

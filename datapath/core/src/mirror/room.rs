@@ -101,13 +101,14 @@ impl Mirror {
         overtakes || (self.is_capped() && !self.fits(range))
     }
 
-    /// How many regions repairs may make dirty now. One that makes none dirty need not queue behind a write: it brings nothing new.
-    pub(super) fn room_for_repairs(&self) -> u64 {
-        match self.is_capped() {
-            false => u64::MAX,
-            true if self.room.queue.is_empty() => self.cap().saturating_sub(self.bitmap.counted()),
-            true => 0,
+    /// How many regions repairs may make dirty now; `None`: there are too many already, and one whose clear is on its way stays clean too. A repair
+    /// that makes none dirty need not queue behind a write: it brings nothing new.
+    pub(super) fn room_for_repairs(&self) -> Option<u64> {
+        if !self.is_capped() {
+            return Some(u64::MAX);
         }
+        let room = self.cap().checked_sub(self.bitmap.counted())?;
+        Some(if self.room.queue.is_empty() { room } else { 0 })
     }
 
     pub(super) fn queue_for_room(&mut self, id: EntryId) {

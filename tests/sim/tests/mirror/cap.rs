@@ -232,6 +232,43 @@ fn rule_17_the_cap_does_not_count_while_a_leg_is_away_and_too_many_regions_are_c
 }
 
 #[test]
+fn rule_17_where_too_many_regions_are_dirty_after_a_rebuild_none_is_made_dirty_again() {
+    for seed in 0..200 {
+        let mut world = capped(seed, 12, 2);
+        world.command(Request::Detach(Slot::B));
+        let _: Vec<Tag> = (0..8).map(|region| world.write(block(region))).collect();
+        run_dry(&mut world);
+        world.bring_back(Slot::B);
+        // A repair whose block is unreadable again before it is read back takes the leg out: each region once.
+        let (mut rng, mut bad) = (Rng(seed), BTreeSet::new());
+        while world.mirror.status().legs[1].state != LegState::In {
+            assert!(world.step(), "the rebuild never ended");
+        }
+        let (mut most, mut tags) = (dirty(&world).len(), Vec::new());
+        for _ in 0..400 {
+            let region = rng.below(8);
+            match rng.below(8) {
+                0 => tags.push(world.write(block(region))),
+                1 if bad.insert(region) => {
+                    world.disks[0].bad.insert(block(region).start);
+                    tags.push(world.read(block(region)));
+                }
+                2 => drop(world.tick()),
+                _ => drop(world.step()),
+            }
+            assert!(both_in(&world), "seed {seed}");
+            let now = dirty(&world).len();
+            assert!(now <= most.max(2), "seed {seed}: {now} are dirty, and there were {most}");
+            most = now;
+        }
+        answered(&mut world, &tags);
+        world.settle();
+        assert!(world.healthy());
+        world.assert_identical();
+    }
+}
+
+#[test]
 fn rule_17_the_cap_counts_until_a_leg_that_leaves_is_durably_out() {
     for seed in 0..20 {
         let mut world = capped(seed, 12, 2);
