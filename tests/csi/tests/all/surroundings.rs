@@ -1,5 +1,4 @@
 //! What csi-node needs of what is around it: mounts that reach the host, and memory.
-#![allow(missing_docs)]
 
 use std::{
     fs,

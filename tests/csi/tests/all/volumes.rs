@@ -1,5 +1,4 @@
 //! The life of a volume, call by call.
-#![allow(missing_docs)]
 
 use std::{
     fs,

@@ -1,5 +1,4 @@
 //! A volume whose assembly takes csi-node with it (mirror rule 33): its disks are frozen from below, so that csi-node can be ended in it.
-#![allow(missing_docs)]
 
 use std::{fs, process::Command, time::Duration};
 

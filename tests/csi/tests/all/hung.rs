@@ -1,6 +1,5 @@
 //! Disks that answer nothing any more, with much in flight, and what goes on meanwhile. With LOCKSTEP_SOAK in the environment (`make soak`) in more
 //! ways than one.
-#![allow(missing_docs)]
 
 use std::{
     fs::{self, File},

@@ -1,5 +1,4 @@
 //! What breaks below a volume, and in the middle of a call.
-#![allow(missing_docs)]
 
 use std::{
     fs,

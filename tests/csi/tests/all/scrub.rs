@@ -1,5 +1,4 @@
 //! Scrub, as an operator asks for it: one byte that rots in one copy is found, named, and repaired only if that is asked for.
-#![allow(missing_docs)]
 
 use std::{
     fs,

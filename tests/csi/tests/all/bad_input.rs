@@ -1,5 +1,4 @@
 //! Bad input: each gets an error that names the thing and the remedy, and nothing is lost or half-made.
-#![allow(missing_docs)]
 
 use std::{
     fs::{self, OpenOptions},

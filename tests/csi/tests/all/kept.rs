@@ -1,5 +1,4 @@
 //! What is asked for is not what is there: objects from the past, a copy from the past, a call that fails half-way. Nothing is lost to it.
-#![allow(missing_docs)]
 
 use std::{fs, path::Path, time::Duration};
 

@@ -1,5 +1,4 @@
 //! `writeBehind: rotational`: a volume on a fast disk and a slow one, which is frozen from below.
-#![allow(missing_docs)]
 
 use std::{
     fs,

@@ -1,6 +1,5 @@
 //! csi-node ends in every phase of its life, in every way, under load, and nobody notices. With LOCKSTEP_SOAK in the environment (`make soak`) ten times as
 //! often; LOCKSTEP_SEED says what is left to chance.
-#![allow(missing_docs)]
 
 use lockstep_csi_tests::kills::{self, Phase, Plan};
 

@@ -1,5 +1,4 @@
 //! csi-node dies, and nobody who uses a volume notices.
-#![allow(missing_docs)]
 
 use std::{
     fs::{self, File},

@@ -1,5 +1,4 @@
 //! A csi-node with many volumes ends under load, and its successor serves them all. With LOCKSTEP_SOAK in the environment (`make soak`) more often.
-#![allow(missing_docs)]
 
 use std::{
     path::PathBuf,

@@ -1,5 +1,4 @@
 //! What a disk is taken for, and when it is formatted: once.
-#![allow(missing_docs)]
 
 use std::{
     fs,

@@ -1,6 +1,5 @@
 //! csi-node is replaced under load by another build, that one by this one, and so on: LOCKSTEP_OTHER_NODE is that build's csi-node, as in `make soak`; without
 //! it the build replaces itself.
-#![allow(missing_docs)]
 
 use lockstep_csi_tests::{
     driver::program,
