@@ -20,7 +20,7 @@
 //! die together before it has landed on the slow one (after a restart the resync does that, and a flush covers it only at the end of the resync); or if the fast leg's disk fails and the slow leg then fails that very write. In the second
 //! case the mirror gives up: no flush claims success any more, and reads of those blocks get EIO, never what was there before.
 
-use super::{Mirror, Report, State, writes::Write};
+use super::{Mirror, Report, State, flushes::Waiter, writes::Write};
 use crate::{
     io::{Effect, Effects, Notice},
     range_lock::EntryId,
@@ -36,6 +36,18 @@ pub(super) struct WriteMostly {
     pub behind: bool,
     /// New writes are held, so that the pinned leg can change.
     pub repinning: bool,
+    /// Everything is durable on both legs since then.
+    flushed: Flushed,
+    /// Counts these flushes.
+    flushes: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+enum Flushed {
+    #[default]
+    No,
+    Asked,
+    Done,
 }
 
 impl WriteMostly {
@@ -138,8 +150,28 @@ impl Mirror {
         (quiet && equal && self.record.pin == slow).then_some(slow)
     }
 
+    /// Whether both legs were flushed since nothing is under way. What a resync or a repair made equal may be so in their caches only: after a power
+    /// cut the newly pinned leg would have what readers of the other one were told had never been written (mirror rule 21).
+    pub(super) fn repin_is_flushed(&mut self, out: &mut Effects) -> bool {
+        if self.write_mostly.flushed == Flushed::No {
+            self.write_mostly.flushed = Flushed::Asked;
+            self.write_mostly.flushes += 1;
+            self.submit_flush(Waiter::Pin(self.write_mostly.flushes), out);
+        }
+        self.write_mostly.flushed == Flushed::Done
+    }
+
+    /// That flush has ended; it may be one of an earlier attempt.
+    pub(super) fn pin_flushed(&mut self, number: u64, ok: bool) {
+        let write_mostly = &mut self.write_mostly;
+        if write_mostly.flushed == Flushed::Asked && write_mostly.flushes == number {
+            write_mostly.flushed = if ok { Flushed::Done } else { Flushed::No };
+        }
+    }
+
     /// New writes are held no longer than the change of the pin is wanted.
     pub(super) fn stop_repinning(&mut self, out: &mut Effects) {
+        self.write_mostly.flushed = Flushed::No;
         if core::mem::take(&mut self.write_mostly.repinning) {
             self.resume(out);
         }

@@ -23,6 +23,8 @@ pub(super) enum Waiter {
     Rebuilt(u64),
     /// A rebuild wants to remember how far it came.
     Checkpoint(u64, u64),
+    /// The pinned leg is to change.
+    Pin(u64),
     Stop,
 }
 
@@ -138,6 +140,7 @@ impl Mirror {
                 Waiter::Rebuilt(generation) => self.rebuilt_flushed(generation, result.is_ok()),
                 Waiter::Checkpoint(generation, block) if result.is_ok() => self.checkpoint_flushed(generation, block),
                 Waiter::Checkpoint(..) => {}
+                Waiter::Pin(number) => self.pin_flushed(number, result.is_ok()),
                 Waiter::Stop => self.stop_flushed(result.is_ok()),
             }
         }

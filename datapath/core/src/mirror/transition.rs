@@ -110,7 +110,7 @@ impl Mirror {
             Kind::Checkpoint { block }
         } else if let Some(slow) = repin {
             (self.draining, self.write_mostly.repinning) = (true, true);
-            if !self.drained() {
+            if !self.drained() || !self.repin_is_flushed(out) {
                 return;
             }
             Kind::Pin { slow }

@@ -106,14 +106,18 @@ impl Mirror {
             Verdict::Done => self.finish_write(id, Ok(()), out),
             Verdict::NoSpace => {
                 let refused = if write.reports[Slot::A.index()] == Report::NoSpace { Slot::A } else { Slot::B };
-                if self.in_count() == 2 {
+                if self.in_count() < 2 {
+                    self.recopy(out);
+                    self.finish_write(id, Err(Errno::ENOSPC), out);
+                } else if self.bitmap.unsynced(range) {
+                    // What the one that refused has there may be older than what readers saw: the pinned leg decides, and the resync makes them equal.
+                    self.mark_unsynced(range);
+                    self.finish_write(id, Err(Errno::ENOSPC), out);
+                } else {
                     if let Some(write) = self.writes.get_mut(&id) {
                         write.stage = Stage::Mending;
                     }
                     self.start_mend(Mend { write: id, reversed: false }, range, refused, out);
-                } else {
-                    self.recopy(out);
-                    self.finish_write(id, Err(Errno::ENOSPC), out);
                 }
             }
             Verdict::AllFailed => {

@@ -110,7 +110,12 @@ impl Machine {
                 "EIO of the last leg"
             }
             Fault::LastUnreadable(range) => {
+                // Where nothing was ever written, a rebuild neither reads the one nor writes the other: nobody would find that neither can be read.
+                let readable = |disk: &usize| self.disks[*disk].trouble.unreadable.range(range.start..range.end).next().is_none();
                 let Some(disk) = self.lone().filter(|disk| self.disks[*disk].trouble.is_sound()) else { return };
+                if !self.place.iter().flatten().all(readable) {
+                    return;
+                }
                 self.disks[disk].trouble.unreadable.extend(range.start..range.end);
                 "unreadable blocks of the last leg"
             }

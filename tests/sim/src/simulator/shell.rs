@@ -478,7 +478,9 @@ impl Machine {
                 }
             }
             Asked::Read { range, floor, listed } if result.is_ok() => {
-                if let Some(block) = self.listed().intersection(&listed).next() {
+                // A mirror that gave up while it took a block off the list has it for good on every leg, and on every list.
+                let gave_up = self.mirror.as_ref().is_some_and(|mirror| mirror.status().read_only);
+                if let Some(block) = self.listed().intersection(&listed).next().filter(|_| !gave_up) {
                     self.breaks("bad blocks", format!("block {block} is on the list of every leg that counts, and is read"));
                 }
                 let values = self.buffers.get(&tag).map(|(_, values)| values.clone()).unwrap_or_default();

@@ -502,3 +502,30 @@ fn rule_25_a_mirror_that_is_stopped_does_not_change_its_pin() {
         assert!(world.in_flight().is_empty(), "{:?} after the stop: {}", world.in_flight(), world.trace());
     }
 }
+
+#[test]
+fn rule_21_the_pin_does_not_change_before_what_was_made_equal_is_durable() {
+    for seed in 0..200 {
+        let mut world = World::new(seed);
+        world.settle();
+        world.write(range(5, 6));
+        world.settle();
+        // A write that was cut off came to B alone, and A is pinned.
+        world.write(range(5, 6));
+        while world.in_flight().iter().all(|(_, _, op)| !matches!(op, LegOp::Write { .. })) {
+            assert!(world.step(), "it never began");
+        }
+        world.crash([true, true]).unwrap();
+        world.disks[0].durable.insert(5, 1);
+        world.disks[1].durable.insert(5, 2);
+        assert_eq!(world.read_now(5), Ok(1));
+        world.command(Request::WriteMostly { slot: Some(Slot::A), behind: true });
+        for _ in 0..seed % 40 {
+            world.step();
+        }
+        world.crash([true, true]).unwrap();
+        assert_eq!(world.read_now(5), Ok(1), "seed {seed}: it never was, and comes back");
+        world.settle();
+        world.assert_identical();
+    }
+}

@@ -1,7 +1,7 @@
 //! Errors, repair, life (mirror rules 26 to 34).
 
 use lockstep_core::{
-    io::{Notice, Request},
+    io::{LegOp, Notice, Request},
     status::LegState,
     units::{Errno, Slot},
 };
@@ -82,6 +82,43 @@ fn rule_28_what_was_refused_does_not_come_back_with_a_power_cut() {
         assert_eq!(world.answers[&write], Err(Errno::ENOSPC));
         let took = &world.disks[1 - full];
         assert!((4..12).all(|block| took.read(block) == 2 && !took.cache.contains_key(&block)), "{took:?}");
+    }
+}
+
+#[test]
+fn rule_28_where_the_legs_differ_already_nothing_is_taken_back_from_the_one_that_is_not_pinned() {
+    for (seed, full) in (0..20).flat_map(|seed| [(seed, 0), (seed, 1)]) {
+        // Where the resync does not come to.
+        let block = range(4000, 4001);
+        let mut world = warm(seed);
+        world.write(block);
+        world.settle();
+        world.write(block);
+        while world.in_flight().iter().all(|(_, _, op)| !matches!(op, LegOp::Write { .. })) {
+            assert!(world.step(), "it never began");
+        }
+        world.crash([true, true]).unwrap();
+        // It was cut off, and came to B alone; A is pinned.
+        world.disks[0].durable.insert(4000, 2);
+        world.disks[1].durable.insert(4000, 3);
+        assert_eq!(world.read_now(4000), Ok(2));
+        while world.in_flight().iter().all(|(_, _, op)| !matches!(op, LegOp::NextData { .. })) {
+            assert!(world.step(), "no resync");
+        }
+        world.stuck = world.in_flight().iter().map(|(io, ..)| *io).collect();
+        world.disks[full].full = true;
+        let write = world.write(block);
+        while !world.answers.contains_key(&write) {
+            assert!(world.step(), "the write never ended");
+        }
+        assert_eq!(world.answers[&write], Err(Errno::ENOSPC));
+        world.disks[full].full = false;
+        world.stuck.clear();
+        let found = world.read_now(4000);
+        assert_eq!(found, Ok([2, 4][full]), "what A has");
+        world.settle();
+        assert!(world.healthy() && world.read_now(4000) == found, "seed {seed}");
+        world.assert_identical();
     }
 }
 
