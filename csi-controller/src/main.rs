@@ -62,7 +62,11 @@ async fn run(store: impl Store, serves: Option<&Endpoint>, objects: &str) -> any
 
 /// What cannot be read is a volume too.
 async fn refuse_if_volumes_exist(store: &impl Store) -> anyhow::Result<()> {
-    let Listing { objects, unreadable } = store.list::<MirrorVolume>().await?;
+    let Listing { objects, unreadable } = match store.list::<MirrorVolume>().await {
+        // The definition is gone, and every volume's object with it.
+        Err(error) if error.is_undefined() => return Ok(()),
+        listed => listed?,
+    };
     let count = objects.len() + unreadable.len();
     let described = |volume: MirrorVolume| {
         let claim = volume.spec.claim.map_or(String::new(), |claim| format!(" ({claim})"));

@@ -119,7 +119,8 @@ fn main() -> anyhow::Result<()> {
         // It will never answer there.
         endpoint.take_away()?;
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
+    // As many as the memory bound counts, however many cores there are: what is fast has threads of its own.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().context("starting the runtime")?;
     let store = runtime.block_on(Objects::open(objects, kubeconfig, &node_name))?;
     let disks = Arc::new(Disks::new(Arc::clone(&state), config.disks));
     let datapath = Datapath::start(usize::from(datapath_threads), holder)?;

@@ -43,38 +43,36 @@ impl Disks {
     /// there any more is deleted; what is ours and missing is said to be missing.
     ///
     /// # Errors
-    /// The store's. Called again, it goes on.
+    /// The store's first one: what one object meets does not keep the others from being written. Called again, it goes on.
     pub async fn publish<S: Store>(&self, store: &S, node: &str) -> Result<(), Error> {
         // One at a time, or the older look might have the last word.
         let mut published = self.publishing.lock().await;
         let mut wanted = self.wanted(node);
         let all = wanted.clone();
         *published = None;
+        let mut result = Ok(());
         // All, or those that are said to be this node's.
         for object in store.list::<LocalDisk>().await?.objects {
             let name = object.metadata.name.clone().unwrap_or_default();
-            match wanted.remove(&name) {
-                Some(status) => write(store, object, node, status).await?,
-                None if object.spec.node != node => {}
+            let said = match wanted.remove(&name) {
+                Some(status) => write(store, object, node, status).await,
+                None if object.spec.node != node => Ok(()),
                 None if object.status.as_ref().is_none_or(|status| matches!(status.phase, DiskPhase::Refused | DiskPhase::Pending)) => {
-                    ignore_race(store.delete(&name, Some(&object)).await)?;
+                    ignore_race(store.delete(&name, Some(&object)).await)
                 }
                 None => {
                     let mut status = object.status.clone().unwrap_or_default();
                     status.phase = DiskPhase::Failed;
                     status.message = "it is not in this node, or not selected any more: plug it in again, or replace it".into();
-                    write(store, object, node, status).await?;
+                    write(store, object, node, status).await
                 }
-            }
+            };
+            result = result.and(said);
         }
         for (name, status) in wanted {
-            // It may be another node's by now: that one's disk was moved here.
-            let object = match store.get(&name).await? {
-                Some(object) => object,
-                None => store.create(LocalDisk::new(&name, LocalDiskSpec { node: node.to_owned() })).await?,
-            };
-            write(store, object, node, status).await?;
+            result = result.and(write_new(store, &name, node, status).await);
         }
+        result?;
         *published = Some(all);
         Ok(())
     }
@@ -83,6 +81,15 @@ impl Disks {
     pub async fn is_published(&self, node: &str) -> bool {
         self.publishing.lock().await.as_ref() == Some(&self.wanted(node))
     }
+}
+
+async fn write_new<S: Store>(store: &S, name: &str, node: &str, status: LocalDiskStatus) -> Result<(), Error> {
+    // It may be another node's by now: that one's disk was moved here.
+    let object = match store.get(name).await? {
+        Some(object) => object,
+        None => store.create(LocalDisk::new(name, LocalDiskSpec { node: node.to_owned() })).await?,
+    };
+    write(store, object, node, status).await
 }
 
 async fn write<S: Store>(store: &S, mut object: LocalDisk, node: &str, status: LocalDiskStatus) -> Result<(), Error> {
@@ -139,5 +146,24 @@ mod tests {
         assert_eq!(store.list::<LocalDisk>().await.unwrap().objects.len(), 1, "another node's is left alone");
         disks.publish(&store, "n1").await.unwrap();
         assert!(store.list::<LocalDisk>().await.unwrap().objects.is_empty());
+    }
+
+    #[tokio::test]
+    async fn an_object_that_cannot_be_written_keeps_no_other_from_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = lockstep_store::Directory::open(dir.path().join("objects")).unwrap();
+        let disks = Disks::new(Arc::new(StateDir::open(dir.path(), false).unwrap()), Vec::new());
+        for path in ["/dev/sdx", "/dev/sdy", "/dev/sdz"].map(PathBuf::from) {
+            let refused = Refused { path: path.clone(), identity: Default::default(), message: "it has ext4".into() };
+            disks.refused.write().unwrap().insert(path, refused);
+        }
+        let mut names: Vec<String> = disks.wanted("n1").into_keys().collect();
+        let broken = names.remove(0);
+        std::fs::create_dir_all(dir.path().join("objects/localdisks")).unwrap();
+        std::fs::write(dir.path().join(format!("objects/localdisks/{broken}.yaml")), "no object").unwrap();
+        disks.publish(&store, "n1").await.unwrap_err();
+        let there = store.list::<LocalDisk>().await.unwrap().objects;
+        assert_eq!(there.into_iter().filter_map(|object| object.metadata.name).collect::<Vec<_>>(), names);
+        assert!(!disks.is_published("n1").await, "it is tried again");
     }
 }

@@ -109,6 +109,13 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Whether the Kubernetes API has no definition of this kind of object: there are none, and none can be made.
+    pub fn is_undefined(&self) -> bool {
+        matches!(self, Self::Api { source, .. } if matches!(&**source, kube::Error::Api(status) if status.code == 404))
+    }
+}
+
 /// All objects of a kind.
 #[derive(Debug)]
 pub struct Listing<K> {
