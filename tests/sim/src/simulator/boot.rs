@@ -207,6 +207,11 @@ impl Machine {
             *self.coverage.crashes.entry("the witness is lost").or_default() += 1;
             self.witness.lose();
         }
+        // It may only veto, so a volume starts without it as with it (mirror rule 12). One start in five, by number: seeds replay as they did.
+        if self.object.is_some() && self.boots % 5 == 4 {
+            *self.coverage.crashes.entry("the object's copy is lost").or_default() += 1;
+            self.object = None;
+        }
         let lost = self.record().is_none();
         // Who must be there: any leg that the witness counts; without a witness, or beside a slot of it that may be the newest, all that can know.
         let unsure = lost || self.witness.doubtful;

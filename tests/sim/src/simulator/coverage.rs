@@ -187,6 +187,7 @@ const CRASHES: &[&str] = &[
     "kill",
     "a disk comes back blank",
     "the witness is lost",
+    "the object's copy is lost",
     "a bitmap page goes bad",
     "the lists of bad blocks go bad",
 ];

@@ -20,7 +20,7 @@
 //!   must refuse one leg alone, and take both.
 //! - In a crash, both slots of bitmap pages go bad, on any disks: what they covered is dirty. When no list of bad blocks is valid, assembly must refuse.
 //! - The process stands still, for up to an hour, with I/O outstanding: nobody goes OUT.
-//! - The object's copy of the epoch lags.
+//! - The object's copy of the epoch lags, or is lost.
 //! - Where the operator asked for write-behind: what one leg alone had answered at a crash, and not flushed before, is lost with that leg; a flush
 //!   after the crash covers it when the legs are equal.
 //!
