@@ -5,13 +5,13 @@
 FROM rust:1-trixie AS builder
 WORKDIR /src
 COPY . .
-# Where a target is named, its flags are not those of macros and build scripts, which cannot be static.
+# Static: two of the images have no libraries. Where a target is named, its flags are not those of macros and build scripts, which cannot be static.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/target \
     export CARGO_TARGET_DIR=/target host=$(rustc -vV | sed -n 's/^host: //p') \
-    && RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --target "$host" -p lockstep-csi-controller -p lockstep-fuse-holder \
-    && cargo build --release --locked -p lockstep-csi-node \
-    && install -D -t /out "/target/$host/release/csi-controller" "/target/$host/release/fuse-holder" /target/release/csi-node
+    && RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --target "$host" \
+        -p lockstep-csi-controller -p lockstep-csi-node -p lockstep-fuse-holder \
+    && install -D -t /out "/target/$host/release/csi-controller" "/target/$host/release/csi-node" "/target/$host/release/fuse-holder"
 
 FROM scratch AS controller
 COPY --from=builder /out/csi-controller /

@@ -1,6 +1,6 @@
 //! The FUSE holder of a node.
 
-use std::path::PathBuf;
+use std::{io::IsTerminal, path::PathBuf};
 
 use anyhow::Context;
 use clap::Parser;
@@ -24,7 +24,7 @@ struct Args {
 fn main() -> anyhow::Result<()> {
     let Args { socket } = Args::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_env("LOCKSTEP_LOG").unwrap_or_else(|_| "info".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).init();
     let listener = bind(&socket).with_context(|| format!("listening on {}", socket.display()))?;
     info!(socket = %socket.display(), version = lockstep_fuse_holder::VERSION, "listening");
     match Server::new(listener).run().context("serving")? {}
