@@ -1,14 +1,14 @@
 # Everything that is built goes under ~/.cache/lockstep, never into the clone.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/lockstep/target
 .DEFAULT_GOAL := help
-.PHONY: help fmt crds check test sim explore fuzz mutants cargo-mutants native csi cluster demo bench soak deny
+.PHONY: help fmt crds check test sim explore fuzz mutants cargo-mutants native csi cluster image cluster-up e2e cluster-down demo bench soak deny
 WRITES ?= 2
 SEEDS ?= 10000
 FUZZ_SECONDS ?= 600
 FIRST ?= 0
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 fmt: ## Format the code
 	cargo fmt --all
@@ -45,6 +45,18 @@ csi: ## Both binaries on loop disks: tests of calls, failures, bad input, and cs
 
 cluster: ## The same binaries on a real Kubernetes API, which is built from its Go modules first (needs root and Go)
 	tests/run cluster
+
+image: ## The images of the Dockerfile, by buildah from local bases, as OCI archives (needs root)
+	tests/e2e/image release
+
+cluster-up: ## A Kubernetes cluster of one node with two blank disks, in namespaces of its own: tests/e2e/enter kubectl get nodes (needs root and Go)
+	tests/e2e/up
+
+e2e: ## The chart on such a cluster, as its users see it: claims, pods, failing disks, updates (WORDS="grows": some steps, and the cluster stays)
+	tests/e2e/run $(WORDS)
+
+cluster-down: ## End that cluster
+	tests/e2e/down
 
 demo: ## The whole of it on this machine, in two minutes: provision, load, a failed disk, a rebuild, a kill (needs root)
 	tests/csi/demo

@@ -1,0 +1,160 @@
+//! What goes wrong under a database and under fio, which must not notice.
+
+use std::{thread::sleep, time::Duration};
+
+use anyhow::{Context, ensure};
+use serde_json::Value;
+
+use super::claims::shortened;
+use crate::{
+    cluster::{
+        DRIVER, USER, compare, copies, csi_node, describe, events, fail_disk, get, health, kubectl, list, pod_of, text, tool, until,
+        until_health, volume_of,
+    },
+    load::{self, CLAIM, Fio, claim, commits_on},
+};
+
+/// fio's claim and pod.
+const WORK: &str = "work";
+
+pub fn database() -> anyhow::Result<String> {
+    load::start_database()?;
+    claim(WORK, "512Mi", "Filesystem")?;
+    Ok(format!("{} commits so far", load::commits()?.last))
+}
+
+/// Under fio and the database; what follows them says whether they saw anything.
+fn under_load(seconds: u32, event: impl FnOnce() -> anyhow::Result<String>) -> anyhow::Result<String> {
+    let before = commits_on()?;
+    let fio = Fio::start(WORK, seconds)?;
+    let what = event()?;
+    fio.runs()?;
+    let now = commits_on()?;
+    fio.ended()?;
+    if health(&volume_of(WORK)?) == "Healthy" {
+        compare(WORK)?;
+    }
+    Ok(format!("{what}; {} commits meanwhile, the longest took {:.1} s", now.last - before.last, now.longest))
+}
+
+/// Waits until another csi-node than that one serves.
+fn until_another(before: u32) -> anyhow::Result<()> {
+    until("another csi-node is ready", 90, || {
+        let another = csi_node().is_ok_and(|pid| pid != before);
+        Ok((another && pod_of("node").is_ok()).then_some(()))
+    })?;
+    // It says so itself, after it took everything over.
+    for claim in [CLAIM, WORK] {
+        until(&format!("{claim} is served"), 60, || {
+            let volume = volume_of(claim)?;
+            Ok((!text(&volume, "/status/device").is_empty() && ["Healthy", "Degraded"].contains(&health(&volume))).then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
+pub fn node_pod_deleted() -> anyhow::Result<String> {
+    under_load(40, || {
+        let before = csi_node()?;
+        kubectl(&["delete", "pod", "-n", DRIVER, &pod_of("node")?, "--force", "--grace-period=0"])?;
+        until_another(before)?;
+        Ok("another one serves".into())
+    })
+}
+
+pub fn node_updated() -> anyhow::Result<String> {
+    under_load(60, || {
+        let before = csi_node()?;
+        kubectl(&["set", "env", "-n", DRIVER, "daemonset/lockstep-node", "LOCKSTEP_LOG=debug"])?;
+        until_another(before)?;
+        Ok("another one serves".into())
+    })
+}
+
+pub fn kubelet_restarts() -> anyhow::Result<String> {
+    under_load(30, || {
+        let node = csi_node()?;
+        tool("component", &["kubelet", "KILL"])?;
+        sleep(Duration::from_secs(2));
+        tool("component", &["kubelet"])?;
+        until("the node is ready", 60, || {
+            // That it was ready is not enough: an exec needs the kubelet.
+            Ok(kubectl(&["exec", "-n", USER, load::POD, "--", "true"]).ok())
+        })?;
+        ensure!(csi_node()? == node, "csi-node was started again");
+        Ok("it serves again".into())
+    })
+}
+
+/// The disk of a volume's second copy.
+fn second_disk(volume: &Value) -> anyhow::Result<String> {
+    copies(volume)?;
+    Ok(text(volume, "/status/legs/1/disk").to_owned())
+}
+
+/// The line of a reason that `kubectl describe pvc` shows.
+fn told(claim: &str, reason: &str) -> anyhow::Result<String> {
+    until(&format!("{claim} has an event {reason}"), 60, || Ok(describe(claim)?.lines().find(|line| line.contains(reason)).map(shortened)))
+}
+
+pub fn disk_fails() -> anyhow::Result<String> {
+    under_load(40, || {
+        let disk = second_disk(&volume_of(WORK)?)?;
+        fail_disk(&disk)?;
+        for claim in [WORK, CLAIM] {
+            until_health(claim, "Degraded", 60)?;
+            told(claim, "MirrorDegraded")?;
+        }
+        let failed = get(&["localdisk", &disk])?;
+        ensure!(text(&failed, "/status/phase") == "Failed", "the disk is {}", text(&failed, "/status/phase"));
+        println!("\n{}", kubectl(&["get", "mv,ld", "-o", "wide"])?);
+        told(WORK, "MirrorDegraded")
+    })
+}
+
+pub fn new_disk() -> anyhow::Result<String> {
+    let disks = list(&["localdisks"])?.len();
+    under_load(40, || {
+        tool("disk", &["add", "2"])?;
+        for claim in [WORK, CLAIM] {
+            until_health(claim, "Healthy", 120)?;
+            for reason in ["RebuildStarted", "RebuildCompleted", "MirrorHealthy"] {
+                told(claim, reason)?;
+            }
+        }
+        ensure!(list(&["localdisks"])?.len() == disks + 1, "the new disk has no object");
+        println!("\n{}\n{}", kubectl(&["get", "mv,ld"])?, describe(CLAIM)?);
+        told(CLAIM, "RebuildCompleted")
+    })
+}
+
+pub fn commits_kept() -> anyhow::Result<String> {
+    Ok(format!("{} commits", load::restart_database()?))
+}
+
+pub fn without_api() -> anyhow::Result<String> {
+    until_health(CLAIM, "Healthy", 60)?;
+    let (uid, before) = (text(&volume_of(CLAIM)?, "/metadata/uid").to_owned(), events(CLAIM, "MirrorDegraded")?);
+    let disk = second_disk(&volume_of(CLAIM)?)?;
+    let what = under_load(110, || {
+        tool("component", &["kube-apiserver", "TERM"])?;
+        sleep(Duration::from_secs(10));
+        fail_disk(&disk)?;
+        sleep(Duration::from_secs(10));
+        let node = csi_node()?;
+        crate::cluster::run("kill", &["-KILL", &node.to_string()])?;
+        until("another csi-node runs", 60, || Ok(csi_node().ok().filter(|pid| *pid != node)))?;
+        sleep(Duration::from_secs(40));
+        tool("component", &["kube-apiserver"])?;
+        until("the API is back", 60, || kubectl(&["get", "--raw", "/readyz"]).map(Some))?;
+        let degraded = until_health(CLAIM, "Degraded", 90)?;
+        ensure!(text(&degraded, "/metadata/uid") == uid, "it is another volume");
+        Ok("another one serves, and failed over without the API".into())
+    })?;
+    told(CLAIM, "MirrorDegraded")?;
+    let told = events(CLAIM, "MirrorDegraded")? - before;
+    ensure!(told == 1, "the loss was told {told} times");
+    tool("disk", &["add", "3"])?;
+    until_health(CLAIM, "Healthy", 120).context("on another disk")?;
+    Ok(what)
+}
