@@ -67,10 +67,10 @@ impl Disks {
                     write(store, object, node, status).await
                 }
             };
-            result = result.and(said);
+            result = result.and(go_on(said)?);
         }
         for (name, status) in wanted {
-            result = result.and(write_new(store, &name, node, status).await);
+            result = result.and(go_on(write_new(store, &name, node, status).await)?);
         }
         result?;
         *published = Some(all);
@@ -107,6 +107,14 @@ async fn write<S: Store>(store: &S, mut object: LocalDisk, node: &str, status: L
         }
     }
     Ok(())
+}
+
+/// What is not one object's own keeps the others from being written, too.
+fn go_on(said: Result<(), Error>) -> Result<Result<(), Error>, Error> {
+    match said {
+        Err(error) if error.is_unreachable() => Err(error),
+        said => Ok(said),
+    }
 }
 
 /// Somebody else wrote it: the next round looks again.

@@ -114,6 +114,15 @@ impl Error {
     pub fn is_undefined(&self) -> bool {
         matches!(self, Self::Api { source, .. } if matches!(&**source, kube::Error::Api(status) if status.code == 404))
     }
+
+    /// Whether the next request will meet the same: the store did not answer.
+    pub fn is_unreachable(&self) -> bool {
+        match self {
+            Self::Io { .. } => true,
+            Self::Api { source, .. } => !matches!(&**source, kube::Error::Api(_)),
+            _ => false,
+        }
+    }
 }
 
 /// All objects of a kind.

@@ -34,20 +34,20 @@ pub(super) struct WriteMostly {
     pub slot: Option<Slot>,
     /// Writes may be behind on it.
     pub behind: bool,
-    /// New writes are held, so that the pinned leg can change.
-    pub repinning: bool,
-    /// Everything is durable on both legs since then.
-    flushed: Flushed,
-    /// Counts these flushes.
+    /// How far a change of the pinned leg has come.
+    repin: Repin,
+    /// Counts the flushes for it.
     flushes: u64,
 }
 
+/// `No -> Draining` (new writes are held) `-> Flushing(which) -> Flushed`, and the record is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-enum Flushed {
+enum Repin {
     #[default]
     No,
-    Asked,
-    Done,
+    Draining,
+    Flushing(u64),
+    Flushed,
 }
 
 impl WriteMostly {
@@ -150,29 +150,32 @@ impl Mirror {
         (quiet && equal && self.record.pin == slow).then_some(slow)
     }
 
-    /// Whether both legs were flushed since nothing is under way. What a resync or a repair made equal may be so in their caches only: after a power
-    /// cut the newly pinned leg would have what readers of the other one were told had never been written (mirror rule 21).
-    pub(super) fn repin_is_flushed(&mut self, out: &mut Effects) -> bool {
-        if self.write_mostly.flushed == Flushed::No {
-            self.write_mostly.flushed = Flushed::Asked;
-            self.write_mostly.flushes += 1;
-            self.submit_flush(Waiter::Pin(self.write_mostly.flushes), out);
+    /// Drains, then flushes both legs; whether that is done. What a resync or a repair made equal may be so in their caches only: after a power cut the
+    /// newly pinned leg would have what readers of the other one were told had never been written (mirror rule 21).
+    pub(super) fn flush_for_repin(&mut self, out: &mut Effects) -> bool {
+        self.draining = true;
+        if self.write_mostly.repin == Repin::No {
+            self.write_mostly.repin = Repin::Draining;
         }
-        self.write_mostly.flushed == Flushed::Done
+        if self.write_mostly.repin == Repin::Draining && self.drained() {
+            self.write_mostly.flushes += 1;
+            let number = self.write_mostly.flushes;
+            self.write_mostly.repin = Repin::Flushing(number);
+            self.submit_flush(Waiter::Pin(number), out);
+        }
+        self.write_mostly.repin == Repin::Flushed
     }
 
     /// That flush has ended; it may be one of an earlier attempt.
     pub(super) fn pin_flushed(&mut self, number: u64, ok: bool) {
-        let write_mostly = &mut self.write_mostly;
-        if write_mostly.flushed == Flushed::Asked && write_mostly.flushes == number {
-            write_mostly.flushed = if ok { Flushed::Done } else { Flushed::No };
+        if self.write_mostly.repin == Repin::Flushing(number) {
+            self.write_mostly.repin = if ok { Repin::Flushed } else { Repin::Draining };
         }
     }
 
     /// New writes are held no longer than the change of the pin is wanted.
     pub(super) fn stop_repinning(&mut self, out: &mut Effects) {
-        self.write_mostly.flushed = Flushed::No;
-        if core::mem::take(&mut self.write_mostly.repinning) {
+        if core::mem::take(&mut self.write_mostly.repin) != Repin::No {
             self.resume(out);
         }
     }

@@ -109,8 +109,7 @@ impl Mirror {
         } else if let Some(block) = self.syncing.as_mut().and_then(|syncing| syncing.checkpoint.take()) {
             Kind::Checkpoint { block }
         } else if let Some(slow) = repin {
-            (self.draining, self.write_mostly.repinning) = (true, true);
-            if !self.drained() || !self.repin_is_flushed(out) {
+            if !self.flush_for_repin(out) {
                 return;
             }
             Kind::Pin { slow }

@@ -105,19 +105,21 @@ impl Mirror {
             Verdict::Done if self.bad_blocks.overlaps(range) => self.start_unlisting(id, out),
             Verdict::Done => self.finish_write(id, Ok(()), out),
             Verdict::NoSpace => {
-                let refused = if write.reports[Slot::A.index()] == Report::NoSpace { Slot::A } else { Slot::B };
+                let refuses = |slot: Slot| write.reports[slot.index()] == Report::NoSpace;
+                // Where the legs differ already the pinned one has what readers saw, and the other one may have something older.
+                let (unsynced, pin) = (self.bitmap.unsynced(range), self.record.pin);
+                let refused = if refuses(pin) { pin } else { pin.other() };
                 if self.in_count() < 2 {
                     self.recopy(out);
                     self.finish_write(id, Err(Errno::ENOSPC), out);
-                } else if self.bitmap.unsynced(range) {
-                    // What the one that refused has there may be older than what readers saw: the pinned leg decides, and the resync makes them equal.
+                } else if unsynced && refused != pin {
                     self.mark_unsynced(range);
                     self.finish_write(id, Err(Errno::ENOSPC), out);
                 } else {
                     if let Some(write) = self.writes.get_mut(&id) {
                         write.stage = Stage::Mending;
                     }
-                    self.start_mend(Mend { write: id, reversed: false }, range, refused, out);
+                    self.start_mend(Mend { write: id, reversed: unsynced }, range, refused, out);
                 }
             }
             Verdict::AllFailed => {

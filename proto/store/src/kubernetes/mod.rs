@@ -260,6 +260,13 @@ mod tests {
         let refused = |status: Status| refused(&status, "MirrorVolume".into(), "v");
         assert!(matches!(refused(status(404, "NotFound", "v")), Some(Error::NotFound { .. })));
         assert!(refused(status(404, "NotFound", "")).is_none(), "the definition is missing, not the object");
+        let api = |source| Error::Api { what: "listing".into(), source: Box::new(source) };
+        let undefined = api(kube::Error::Api(Box::new(status(404, "NotFound", ""))));
+        assert!(undefined.is_undefined() && !undefined.is_unreachable());
+        let forbidden = api(kube::Error::Api(Box::new(status(403, "Forbidden", ""))));
+        assert!(!forbidden.is_undefined() && !forbidden.is_unreachable());
+        let away = api(kube::Error::Service("no route".into()));
+        assert!(!away.is_undefined() && away.is_unreachable());
         assert!(matches!(refused(status(409, "AlreadyExists", "v")), Some(Error::AlreadyExists { .. })));
         assert!(matches!(refused(status(409, "Conflict", "v")), Some(Error::Conflict { .. })));
         for (code, reason) in

@@ -111,9 +111,10 @@ impl Machine {
             }
             Fault::LastUnreadable(range) => {
                 // Where nothing was ever written, a rebuild neither reads the one nor writes the other: nobody would find that neither can be read.
-                let readable = |disk: &usize| self.disks[*disk].trouble.unreadable.range(range.start..range.end).next().is_none();
+                let written = self.history.blocks();
+                let unreadable = |disk: &usize| self.disks[*disk].trouble.unreadable.range(range.start..range.end);
                 let Some(disk) = self.lone().filter(|disk| self.disks[*disk].trouble.is_sound()) else { return };
-                if !self.place.iter().flatten().all(readable) {
+                if self.place.iter().flatten().flat_map(unreadable).any(|block| !written.contains(block)) {
                     return;
                 }
                 self.disks[disk].trouble.unreadable.extend(range.start..range.end);

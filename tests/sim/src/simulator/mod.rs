@@ -13,6 +13,7 @@
 //! - Host faults and short counts on every disk, fewer than the reissues in a row; more are the leg's.
 //! - A moment in which both disks fail what they have in flight, both disks full, an error of the last leg, or blocks of it that cannot be
 //!   read: no answer is lost, but requests may end with errors. Otherwise a request that ends with an error breaks an oracle.
+//! - No block that was never written is unreadable on both disks.
 //! - When the mirror gave up, because its last leg could not record who counts, what was not answered may change at the next start.
 //! - At a start, any disks may be missing, in any order. If none is there that the witness counts, assembly must refuse; if one is, it
 //!   must not. What is missing returns later, stale. Beside a slot of the witness that was torn, or has gone bad, it may refuse until all are there.

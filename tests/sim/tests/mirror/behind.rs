@@ -529,3 +529,62 @@ fn rule_21_the_pin_does_not_change_before_what_was_made_equal_is_durable() {
         world.assert_identical();
     }
 }
+
+/// A is to be the slow leg, and the flush for that is stuck on a leg, with a write held meanwhile.
+fn stuck_flush(world: &mut World, slot: Slot) -> Tag {
+    world.command(Request::WriteMostly { slot: Some(Slot::A), behind: true });
+    while in_flight_on(world, slot, |op| *op == LegOp::Flush).is_none() {
+        assert!(world.step(), "no flush");
+    }
+    world.stuck.extend(in_flight_on(world, slot, |op| *op == LegOp::Flush));
+    let held = world.write(range(20, 24));
+    run_dry(world);
+    assert!(!world.answers.contains_key(&held), "it is not held");
+    held
+}
+
+#[test]
+fn rule_32_held_writes_go_on_when_the_flush_before_the_pin_fails_or_is_not_wanted_any_more() {
+    for (seed, slot) in (0..40).flat_map(|seed| Slot::BOTH.map(|slot| (seed, slot))) {
+        let mut world = behind(seed);
+        world.settle();
+        let held = stuck_flush(&mut world, slot);
+        match seed % 4 {
+            0 => world.disks[slot.index()].dead = true,
+            1 => drop(world.command(Request::Detach(slot))),
+            2 => drop(world.command(Request::WriteMostly { slot: None, behind: false })),
+            _ => {}
+        }
+        if seed % 4 == 2 {
+            run_dry(&mut world);
+            assert_eq!(world.answers.get(&held), Some(&Ok(())), "it is held for nothing");
+        }
+        world.stuck.clear();
+        run_dry(&mut world);
+        assert_eq!(world.answers.get(&held), Some(&Ok(())), "seed {seed}");
+        assert_eq!(world.mirror.status().write_behind, seed % 4 == 3, "seed {seed}");
+    }
+}
+
+#[test]
+fn rule_21_a_flush_for_an_earlier_attempt_does_not_let_the_pin_change() {
+    let mut world = behind(1);
+    world.settle();
+    let held = stuck_flush(&mut world, Slot::B);
+    let epoch = world.mirror.status().epoch;
+    world.command(Request::WriteMostly { slot: None, behind: false });
+    run_dry(&mut world);
+    assert_eq!(world.answers.get(&held), Some(&Ok(())), "it is held for nothing");
+    // What was written since is not in the flush that is stuck.
+    world.command(Request::WriteMostly { slot: Some(Slot::A), behind: true });
+    run_dry(&mut world);
+    let first = std::mem::take(&mut world.stuck);
+    world.finish(*first.first().expect("the flush"));
+    world.stuck = world.in_flight().iter().filter(|(_, _, op)| *op == LegOp::Flush).map(|(io, ..)| *io).collect();
+    assert!(!world.stuck.is_empty(), "no flush of its own");
+    run_dry(&mut world);
+    assert_eq!(world.mirror.status().epoch, epoch);
+    world.stuck.clear();
+    run_dry(&mut world);
+    assert!(world.mirror.status().epoch > epoch && world.mirror.status().write_behind);
+}

@@ -1,12 +1,12 @@
 //! Errors, repair, life (mirror rules 26 to 34).
 
 use lockstep_core::{
-    io::{LegOp, Notice, Request},
-    status::LegState,
+    io::{LegOp, Notice, Outcome, Request},
+    status::{LegState, Sync},
     units::{Errno, Slot},
 };
 
-use crate::{range, run_dry, warm};
+use crate::{in_flight_on, range, run_dry, warm};
 
 #[test]
 fn case_33_what_one_leg_cannot_read_the_other_serves_and_it_is_repaired() {
@@ -112,12 +112,49 @@ fn rule_28_where_the_legs_differ_already_nothing_is_taken_back_from_the_one_that
             assert!(world.step(), "the write never ended");
         }
         assert_eq!(world.answers[&write], Err(Errno::ENOSPC));
+        if full == 0 {
+            assert_eq!(world.disks[1].read(4000), 2, "it is taken back before the answer");
+        }
         world.disks[full].full = false;
         world.stuck.clear();
         let found = world.read_now(4000);
         assert_eq!(found, Ok([2, 4][full]), "what A has");
         world.settle();
         assert!(world.healthy() && world.read_now(4000) == found, "seed {seed}");
+        world.assert_identical();
+    }
+}
+
+#[test]
+fn rule_28_where_a_leg_refuses_what_was_resynced_already_it_is_resynced_again() {
+    for seed in 0..30 {
+        let mut world = warm(seed);
+        world.write(range(0, 8));
+        world.settle();
+        world.write(range(100, 108));
+        while in_flight_on(&world, Slot::A, |op| matches!(op, LegOp::Write { .. })).is_none() {
+            assert!(world.step(), "the write is never issued");
+        }
+        world.kill([true, true]).expect("both are IN");
+        // The piece is copied, and others of its region are not.
+        while !(world.mirror.status().sync == Sync::Resync && world.mirror.status().copied_blocks > 7) {
+            assert!(world.step(), "it is never resynced");
+        }
+        let write = world.write(range(3, 4));
+        let refused = loop {
+            match in_flight_on(&world, Slot::B, |op| matches!(op, LegOp::Write { range, .. } if range.start == 3)) {
+                Some(io) => break io,
+                None => assert!(world.step(), "the write is never issued"),
+            }
+        };
+        assert_eq!(world.mirror.status().sync, Sync::Resync, "too late");
+        world.end(refused, Outcome::Failed(Errno::ENOSPC));
+        while !world.answers.contains_key(&write) {
+            assert!(world.step(), "the write never ended");
+        }
+        assert_eq!(world.answers[&write], Err(Errno::ENOSPC));
+        world.settle();
+        assert!(world.healthy());
         world.assert_identical();
     }
 }
