@@ -112,6 +112,8 @@ pub(super) struct Machine {
     pub boots: u64,
     /// That was published.
     pub blocks: u64,
+    /// What it was when somebody was served last.
+    pub published: u64,
     pub history: History,
     /// The legs may differ: since an unclean stop or a write that failed on both, until they are equal again.
     pub may_differ: bool,
@@ -169,6 +171,7 @@ impl Machine {
             next_leg: 3,
             boots: 0,
             blocks: profile.blocks,
+            published: profile.blocks,
             history: History::default(),
             may_differ: false,
             behind: Covered::new(),
