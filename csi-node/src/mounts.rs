@@ -160,7 +160,7 @@ pub fn bind(from: &Path, to: &Path, read_only: bool) -> io::Result<()> {
 /// meanwhile.
 ///
 /// # Errors
-/// EBUSY among them.
+/// EBUSY among them; and if the path leads elsewhere, because something is mounted over a directory on it.
 pub fn unmount_all(path: &Path) -> io::Result<()> {
     unmount_with(path, false)
 }
@@ -174,9 +174,14 @@ pub fn unmount_lazily(path: &Path) -> io::Result<()> {
 }
 
 fn unmount_with(path: &Path, lazily: bool) -> io::Result<()> {
+    let mut tried = None;
     // One mount is one errand: whoever comes after a csi-node that was killed may have mounted something there.
-    while at(path)?.is_some() {
+    while let Some(mount) = at(path)? {
+        if tried == Some(mount.id) {
+            return Err(io::Error::other("it is hidden by what is mounted above it: unmount that first"));
+        }
         errand::ask(Unmount { path: path.to_owned(), lazily })?;
+        tried = Some(mount.id);
     }
     Ok(())
 }
@@ -195,7 +200,7 @@ impl Errand for Unmount {
     fn run(self) -> Said<()> {
         let lazily = if self.lazily { UnmountFlags::DETACH } else { UnmountFlags::empty() };
         match unmount(&self.path, UnmountFlags::NOFOLLOW | lazily) {
-            // Somebody else was faster.
+            // Somebody else was faster; or the path does not lead there.
             Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
             Err(errno) => Err(errno.raw_os_error()),
         }

@@ -77,6 +77,24 @@ async fn in_a_mount_namespace_of_its_own_csi_node_insists_on_mounts_that_reach_t
     driver.stop();
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_published_below_another_mount_is_not_unpublished_and_is_when_that_is_gone() {
+    let lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let mut place = driver.place("v", 64 * MIB, Some("ext4")).await;
+    let pods = lab.path("pods");
+    place.target = pods.join("pod/target");
+    place.up(&driver.client).await.unwrap();
+    run("mount", &["-t", "tmpfs", "tmpfs", text(&pods)]);
+    let refused = tokio::time::timeout(Duration::from_secs(20), driver.client.unpublish(&place.id, &place.target)).await;
+    let refused = refused.expect("it never ends").unwrap_err();
+    assert!(refused.message().contains("hidden"), "{refused}");
+    run("umount", &[text(&pods)]);
+    place.down(&driver.client).await.unwrap();
+    assert!(!place.target.exists());
+    driver.stop();
+}
+
 /// Fills a file from `/dev/zero` through the page cache, and syncs it at the end.
 fn fill(group: &MemoryGroup, file: &Path, megabytes: u64) -> Child {
     let [shell, rest @ ..] = group.enter();
