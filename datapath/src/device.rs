@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     abi::{
         fuse,
-        loop_device::{self, LoopDevice},
+        loop_device::{self, Attached, LoopDevice},
     },
     errand::{self, Errand, Handler, Said},
     error::{Context, Error},
@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// What of all this is done by a process of its own: it waits for the device, which is served.
-pub(crate) const ERRANDS: [Handler; 2] = [Handler::of::<RefreshSize>(), Handler::of::<Detach>()];
+pub(crate) const ERRANDS: [Handler; 3] = [Handler::of::<RefreshSize>(), Handler::of::<Detach>(), Handler::of::<Named>()];
 /// How long a file system that was unmounted may take to let go of its device.
 const LET_GO: Duration = Duration::from_secs(10);
 /// How often a device that is in use is tried again.
@@ -82,19 +82,19 @@ impl Mount {
             .context(|| format!("opening {}", self.path.display()))
     }
 
-    /// Puts a loop device on it. Blocks until the datapath serves it.
+    /// Puts a loop device on it, and that on record. Blocks until the datapath serves it.
     pub(crate) fn attach_loop(&self, name: &str) -> Result<LoopDevice, Error> {
         let (mount, mark) = (self.clone(), mark(name));
         isolated(move || {
             let device = loop_device::attach(&mount.open()?.into(), &mark).context(|| "attaching a loop device".into())?;
-            match device.has_write_cache() {
-                Ok(true) => Ok(device),
-                Ok(false) | Err(_) => {
-                    let path = device.path().to_owned();
-                    drop(device.detach());
-                    Err(Error::NoFlush { device: path })
-                }
+            let fit = match device.has_write_cache() {
+                Ok(true) => record(&mount.path, &device),
+                Ok(false) | Err(_) => Err(Error::NoFlush { device: device.path().to_owned() }),
+            };
+            if fit.is_err() {
+                drop(device.detach());
             }
+            fit.map(|()| device)
         })
     }
 
@@ -111,13 +111,43 @@ impl Mount {
     }
 }
 
-/// Takes every mount off the file, and removes it.
+/// Takes every mount off the file, and removes it and what is on record of it.
 fn remove_file(path: &Path) -> Result<(), Error> {
     while let Ok(()) = unmount(path, UnmountFlags::DETACH) {}
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).context(|| format!("removing {}", path.display())),
-        _ => Ok(()),
+    for path in [path, &record_of(path)] {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).context(|| format!("removing {}", path.display()));
+            }
+            _ => {}
+        }
     }
+    Ok(())
+}
+
+/// Beside the FUSE file: which attachment of a loop device is over it. The path that the kernel gives for what a loop device is over is lost with the
+/// mount namespace in which that was opened, as a pod's is when the pod ends.
+fn record_of(path: &Path) -> PathBuf {
+    path.with_extension("loop")
+}
+
+/// Which start of the machine this is: the kernel counts anew with each.
+fn boot() -> Result<String, Error> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    Ok(std::fs::read_to_string(path).context(|| format!("reading {path}"))?.trim().to_owned())
+}
+
+fn record(path: &Path, device: &LoopDevice) -> Result<(), Error> {
+    let Some(sequence) = device.sequence() else { return Ok(()) };
+    let path = record_of(path);
+    // Cut off in the middle it says nothing, and need not: only then is the connection given to the holder. Nor need it outlive the machine.
+    std::fs::write(&path, format!("{} {sequence}\n", boot()?)).context(|| format!("writing {}", path.display()))
+}
+
+fn recorded(path: &Path) -> Option<u64> {
+    let record = std::fs::read_to_string(record_of(path)).ok()?;
+    let (start, sequence) = record.trim().split_once(' ')?;
+    (start == boot().ok()?).then(|| sequence.parse().ok())?
 }
 
 /// `Mount::refresh_size`.
@@ -174,8 +204,24 @@ pub(crate) fn detach(device: &LoopDevice) -> Result<(), Error> {
 /// The mount and the loop device that a process before this one made. `None`: they are not there. Touches neither: nobody serves them yet.
 pub(crate) fn existing(run_dir: &Path, name: &str) -> Result<Option<(Mount, LoopDevice)>, Error> {
     let path = run_dir.join(name);
-    let over = loop_device::over(&as_the_kernel_names_it(&path)).context(|| "looking for loop devices".into())?;
-    Ok(over.into_iter().next().map(|device| (Mount { path }, device)))
+    let Some(device) = over(&attached()?, &path).into_iter().next() else { return Ok(None) };
+    if recorded(&path) != device.sequence() {
+        // Attached by a csi-node that kept no record.
+        record(&path, &device)?;
+    }
+    Ok(Some((Mount { path }, device)))
+}
+
+fn attached() -> Result<Vec<Attached>, Error> {
+    loop_device::attached().context(|| "looking for loop devices".into())
+}
+
+/// Those that are over the file at this path: first the one that is on record, then those of which the kernel says so.
+fn over(attached: &[Attached], path: &Path) -> Vec<LoopDevice> {
+    let (sequence, backing) = (recorded(path), as_the_kernel_names_it(path));
+    let on_record = |found: &&Attached| sequence.is_some() && found.device.sequence() == sequence;
+    let said = |found: &&Attached| !on_record(found) && found.over.as_deref() == Some(&backing);
+    attached.iter().filter(on_record).chain(attached.iter().filter(said)).map(|found| found.device.clone()).collect()
 }
 
 /// With no link in its directory; the file itself is not looked at, since that may ask who serves it.
@@ -184,16 +230,40 @@ fn as_the_kernel_names_it(path: &Path) -> PathBuf {
     dir.zip(path.file_name()).map_or(path.to_owned(), |(dir, name)| dir.join(name))
 }
 
+/// Which of these devices carry this name.
+#[derive(Serialize, Deserialize)]
+struct Named {
+    mark: String,
+    among: Vec<LoopDevice>,
+}
+
+impl Errand for Named {
+    const NAME: &'static str = "named";
+    type Answer = Vec<LoopDevice>;
+
+    fn run(self) -> Vec<LoopDevice> {
+        let Self { mark, among } = self;
+        among.into_iter().filter(|device| device.name().is_ok_and(|name| name == mark)).collect()
+    }
+}
+
 /// Removes what a process that died left behind for this volume: its loop device and its FUSE mount. The file system on the device must
 /// be unmounted by then, or the loop device goes with its last user. Nothing left: nothing done. Blocks.
 ///
 /// # Errors
 /// `Error::Io`.
 pub(crate) fn remove_leftovers(run_dir: &Path, name: &str) -> Result<(), Error> {
-    let (path, mark) = (run_dir.join(name), mark(name));
+    let path = run_dir.join(name);
+    let attached = attached()?;
+    let mut left = over(&attached, &path);
+    // Its csi-node ended before it was on record, and its mount namespace with it.
+    let among: Vec<LoopDevice> =
+        attached.into_iter().filter(|found| found.over.as_deref() == Some(Path::new("/"))).map(|found| found.device).collect();
+    if left.is_empty() && !among.is_empty() {
+        left = errand::send(Named { mark: mark(name), among }).context(|| "asking loop devices for their names".into())?;
+    }
     isolated(move || {
-        let backing = as_the_kernel_names_it(&path);
-        for device in loop_device::find(&mark, &backing).context(|| "looking for loop devices".into())? {
+        for device in left {
             device.detach().context(|| format!("detaching {}", device.path().display()))?;
         }
         remove_file(&path)

@@ -70,9 +70,19 @@ const EMPTY: LoopInfo64 = LoopInfo64 {
 };
 
 /// An attached loop device. Whatever touches it may wait for who serves its backing file: see `errand` and `isolated`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct LoopDevice {
     path: PathBuf,
+    /// The kernel's number of this attachment: no other one since the machine started has it. `None`: the kernel is older than 5.15.
+    sequence: Option<u64>,
+}
+
+/// A loop device, and the path of its backing file.
+#[derive(Debug)]
+pub(crate) struct Attached {
+    pub(crate) device: LoopDevice,
+    /// `/`, if nothing that is mounted has that file any more: all mounts of it were undone, or the mount namespace ended in which it was opened.
+    pub(crate) over: Option<PathBuf>,
 }
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
@@ -100,7 +110,7 @@ pub(crate) fn attach(backing: &OwnedFd, name: &str) -> io::Result<LoopDevice> {
         let config = LoopConfig { fd: backing.as_raw_fd() as u32, block_size: 4096, info, reserved: [0; 8] };
         // SAFETY: `config` is a struct loop_config that lives through the call; the kernel only reads it.
         match check(unsafe { libc::ioctl(file.as_raw_fd(), LOOP_CONFIGURE, &raw const config) }) {
-            Ok(_) => return Ok(LoopDevice { path }),
+            Ok(_) => return Ok(LoopDevice::at(path)),
             // Somebody else took that number in between; or has it open for himself, to look at it or to attach it: then it is still offered.
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(5));
@@ -110,16 +120,16 @@ pub(crate) fn attach(backing: &OwnedFd, name: &str) -> io::Result<LoopDevice> {
     }
 }
 
-fn name_of(file: &File) -> Option<String> {
+fn name_of(file: &File) -> io::Result<String> {
     let mut info = EMPTY;
     // SAFETY: `info` is a struct loop_info64 that lives through the call; the kernel fills it.
-    check(unsafe { libc::ioctl(file.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) }).ok()?;
+    check(unsafe { libc::ioctl(file.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) })?;
     let len = info.file_name.iter().position(|byte| *byte == 0).unwrap_or(NAME_LEN);
-    String::from_utf8(info.file_name[..len].to_vec()).ok()
+    Ok(String::from_utf8_lossy(&info.file_name[..len]).into_owned())
 }
 
-/// Every loop device that is attached, and the path of its backing file.
-fn attached() -> io::Result<Vec<(LoopDevice, Option<PathBuf>)>> {
+/// Every loop device that is attached. None is touched.
+pub(crate) fn attached() -> io::Result<Vec<Attached>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/sys/block")? {
         let entry = entry?;
@@ -127,32 +137,32 @@ fn attached() -> io::Result<Vec<(LoopDevice, Option<PathBuf>)>> {
             continue;
         }
         let over = std::fs::read_to_string(entry.path().join("loop/backing_file")).ok();
-        let device = LoopDevice { path: Path::new("/dev").join(entry.file_name()) };
-        found.push((device, over.map(|over| PathBuf::from(over.trim_end_matches('\n')))));
+        let over = over.map(|over| PathBuf::from(over.trim_end_matches('\n')));
+        found.push(Attached { device: LoopDevice::at(Path::new("/dev").join(entry.file_name())), over });
     }
     Ok(found)
 }
 
-/// Every loop device that is over `backing`. None is opened.
-pub(crate) fn over(backing: &Path) -> io::Result<Vec<LoopDevice>> {
-    let over = |(device, path): (LoopDevice, Option<PathBuf>)| (path.as_deref() == Some(backing)).then_some(device);
-    Ok(attached()?.into_iter().filter_map(over).collect())
-}
-
-/// Every loop device that is over `backing` or carries this name: what an earlier process left behind. Over a FUSE file whose server is dead
-/// a device cannot be asked for its name, only for the path of its backing file; and for that only as long as it is mounted.
-pub(crate) fn find(name: &str, backing: &Path) -> io::Result<Vec<LoopDevice>> {
-    let ours = |(device, path): (LoopDevice, Option<PathBuf>)| {
-        let named = || open(&device.path).is_ok_and(|file| name_of(&file).as_deref() == Some(name));
-        (path.as_deref() == Some(backing) || named()).then_some(device)
-    };
-    Ok(attached()?.into_iter().filter_map(ours).collect())
-}
-
 impl LoopDevice {
+    /// As it is attached now.
+    fn at(path: PathBuf) -> Self {
+        let sequence = attribute(&path, "diskseq").ok().and_then(|number| number.parse().ok());
+        Self { path, sequence }
+    }
+
     /// `/dev/loopN`.
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The kernel's number of this attachment.
+    pub(crate) fn sequence(&self) -> Option<u64> {
+        self.sequence
+    }
+
+    /// The name that it was given when it was attached.
+    pub(crate) fn name(&self) -> io::Result<String> {
+        name_of(&open(&self.path)?)
     }
 
     /// Reads the backing file's size again.
@@ -164,26 +174,34 @@ impl LoopDevice {
 
     /// Whether the kernel will send flushes.
     pub(crate) fn has_write_cache(&self) -> io::Result<bool> {
-        let name = self.path.file_name().unwrap_or_default();
-        let cache = std::fs::read_to_string(Path::new("/sys/block").join(name).join("queue/write_cache"))?;
-        Ok(cache.trim() == "write back")
+        Ok(attribute(&self.path, "queue/write_cache")? == "write back")
     }
 
     /// Detaches it. In use: the kernel does so when the last user is gone. Not attached any more: fine.
     pub(crate) fn detach(&self) -> io::Result<()> {
-        clear(&open(&self.path)?)
+        self.clear(&open(&self.path)?)
     }
 
     /// The same, but EBUSY if a file system has it.
     pub(crate) fn detach_unmounted(&self) -> io::Result<()> {
-        clear(&OpenOptions::new().read(true).write(true).custom_flags(libc::O_EXCL).open(&self.path)?)
+        self.clear(&OpenOptions::new().read(true).write(true).custom_flags(libc::O_EXCL).open(&self.path)?)
+    }
+
+    fn clear(&self, device: &File) -> io::Result<()> {
+        // What is open stays attached. Another attachment is somebody else's: this one is over.
+        if Self::at(self.path.clone()) != *self {
+            return Ok(());
+        }
+        // SAFETY: LOOP_CLR_FD takes no argument.
+        match check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CLR_FD, 0) }) {
+            Err(error) if error.raw_os_error() != Some(libc::ENXIO) => Err(error),
+            _ => Ok(()),
+        }
     }
 }
 
-fn clear(device: &File) -> io::Result<()> {
-    // SAFETY: LOOP_CLR_FD takes no argument.
-    match check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CLR_FD, 0) }) {
-        Err(error) if error.raw_os_error() != Some(libc::ENXIO) => Err(error),
-        _ => Ok(()),
-    }
+/// What the kernel says of a block device.
+fn attribute(device: &Path, name: &str) -> io::Result<String> {
+    let dir = Path::new("/sys/block").join(device.file_name().unwrap_or_default());
+    Ok(std::fs::read_to_string(dir.join(name))?.trim().to_owned())
 }

@@ -117,7 +117,7 @@ impl Lab {
 
 /// Loop devices over files that have no path any more.
 fn forgotten_loops() -> BTreeSet<String> {
-    let loops = run("losetup", &["--list", "--noheadings", "--output", "NAME,BACK-FILE"]);
+    let loops = run("losetup", &["--list", "--raw", "--noheadings", "--output", "NAME,BACK-FILE"]);
     loops.lines().filter(|line| line.trim().ends_with(" /")).map(str::to_owned).collect()
 }
 

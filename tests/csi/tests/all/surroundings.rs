@@ -1,6 +1,7 @@
 //! What csi-node needs of what is around it: mounts that reach the host, and memory.
 
 use std::{
+    collections::BTreeSet,
     fs,
     os::unix::process::ExitStatusExt,
     path::Path,
@@ -74,6 +75,61 @@ async fn in_a_mount_namespace_of_its_own_csi_node_insists_on_mounts_that_reach_t
     driver.start_node().await;
     assert_eq!(fs::read_to_string(&file).unwrap(), "seen");
     place.down(&driver.client).await.unwrap();
+    driver.stop();
+}
+
+/// The loop devices of this size, by their names.
+fn loops_of(bytes: u64) -> BTreeSet<String> {
+    let attached = fs::read_dir("/sys/block").unwrap().flatten().filter(|entry| entry.path().join("loop").exists());
+    let size = |entry: &fs::DirEntry| fs::read_to_string(entry.path().join("size")).unwrap_or_default();
+    let so_large = attached.filter(|entry| size(entry).trim() == (bytes / 512).to_string());
+    so_large.map(|entry| entry.file_name().into_string().unwrap()).collect()
+}
+
+/// What a loop device is over has no path any more when the mount namespace in which that was opened has ended, as a pod's does with the pod.
+#[tokio::test(flavor = "multi_thread")]
+async fn csi_node_in_a_new_mount_namespace_serves_the_devices_on_that_it_left_in_the_old_one() {
+    let lab = Lab::new(2, 1200);
+    shared(&lab.path(""));
+    let mut driver = Driver::start(&lab).await;
+    driver.start_node_by(&namespace("unchanged"));
+    driver.use_holder().await;
+    let foreign = &loops_of(203 * MIB) | &loops_of(67 * MIB);
+    let (files, block) = (driver.place("files", 203 * MIB, Some("ext4")).await, driver.place("block", 67 * MIB, None).await);
+    for place in [&files, &block] {
+        place.up(&driver.client).await.unwrap();
+    }
+    let loops = || [203 * MIB, 67 * MIB].map(|bytes| loops_of(bytes).difference(&foreign).cloned().collect::<Vec<_>>());
+    let before = loops();
+    assert!(before.iter().all(|loops| loops.len() == 1), "{before:?}");
+    let load = load::on_files(&files.target, 15);
+    let mut device = load::Direct::open(&block.target).unwrap();
+    for round in 1..=3_u8 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        if round == 2 {
+            driver.terminate_node();
+        } else {
+            driver.kill_node();
+        }
+        driver.start_node().await;
+        device.block().fill(round);
+        device.write(0).unwrap_or_else(|error| panic!("round {round}: {error}"));
+        device.block().fill(0);
+        device.read(0).unwrap();
+        assert!(device.block().iter().all(|byte| *byte == round), "round {round}");
+        assert_eq!(loops(), before, "round {round}");
+    }
+    assert!(load.succeeded(), "the load saw an error, or read what it did not write");
+    drop(device);
+    for place in [&files, &block] {
+        place.down(&driver.client).await.unwrap();
+        let copies = driver.copies(&place.id).await;
+        assert!(identical(&copies[0], &copies[1]), "the copies of {} differ", place.id);
+    }
+    assert_eq!(loops().concat(), Vec::<String>::new());
+    let left: Vec<_> =
+        lab.left_over().into_iter().filter(|left| ["/run/", "staging", "target"].iter().any(|of| left.contains(of))).collect();
+    assert_eq!(left, Vec::<String>::new());
     driver.stop();
 }
 
