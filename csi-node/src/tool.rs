@@ -1,10 +1,8 @@
 //! The distribution's own tools: mkfs, fsck, blkid, mount.
 
-use std::{
-    ffi::OsStr,
-    os::unix::process::CommandExt,
-    process::{Command, Stdio},
-};
+use std::{ffi::OsStr, process::Command};
+
+use lockstep_datapath::errand;
 
 /// A tool that did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -49,9 +47,7 @@ pub fn run<A: AsRef<OsStr>>(program: &'static str, args: impl IntoIterator<Item 
     let args: Vec<_> = args.into_iter().map(|arg| arg.as_ref().to_owned()).collect();
     tracing::debug!(program, ?args, "running");
     let mut command = Command::new(program);
-    // A group of its own: what ends csi-node's whole group does not end it in the middle.
-    command.args(&args).process_group(0).stdin(Stdio::null());
-    let output = command.output().map_err(|source| ToolError::Start { program, source })?;
+    let output = errand::output_apart(command.args(&args)).map_err(|source| ToolError::Start { program, source })?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
     if output.status.success() {
         return Ok(text(&output.stdout));

@@ -5,16 +5,17 @@
 //! ```
 //! A process that is killed ends when its last thread has ended. One that waits for a device of this process's ends when the device is served, and with
 //! a holder that is when the next process serves it; but who starts the next one waits for the end of this one. So such work is done by a child. It has
-//! none of this process's descriptors, memory or standard streams, is not killed with it, and goes on when the device is served again.
+//! none of this process's descriptors, memory or standard streams, is not in its cgroup, is not killed with it, and goes on when the device is served again.
 //!
 //! Who comes after finds the work done or under way, or does it himself: so an errand is one step, that may be repeated. One whose process is gone
 //! before it began does nothing.
 
 use std::{
-    env,
+    env, fs,
     io::{self, Write},
     os::unix::process::{CommandExt, parent_id},
-    process::{Command, Stdio, exit, id},
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio, exit, id},
     sync::atomic::{AtomicBool, Ordering},
 };
 
@@ -96,15 +97,38 @@ pub fn send<E: Errand>(errand: E) -> io::Result<E::Answer> {
     }
     let mut command = Command::new("/proc/self/exe");
     command.arg0(E::NAME).args([MARK, &id().to_string(), E::NAME, &serde_json::to_string(&errand)?]);
-    // A group of its own: what ends the whole group of this process does not end it.
-    let output = command.process_group(0).stdin(Stdio::null()).output()?;
+    let output = output_apart(&mut command)?;
     if !output.status.success() {
         return Err(io::Error::other(format!("{} ({}): {}", E::NAME, output.status, String::from_utf8_lossy(&output.stderr).trim())));
     }
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
-/// The same, of an errand that comes back with an error number: that is the error.
+/// Runs a program to its end, apart from this process: in a process group of its own, and in no cgroup but the topmost. What ends this process's group or
+/// container does not end it; and the container ends even while the program waits for a device that this process's successor will serve, which is
+/// not started before. Blocks.
+///
+/// # Errors
+/// If it cannot be started.
+pub fn output_apart(command: &mut Command) -> io::Result<Output> {
+    let command = command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn()?;
+    for hierarchy in cgroup_hierarchies(Path::new("/sys/fs/cgroup")) {
+        // Nothing that must be: in a container that does not see the host's cgroups it stays where it is.
+        drop(fs::write(hierarchy.join("cgroup.procs"), child.id().to_string()));
+    }
+    child.wait_with_output()
+}
+
+/// The topmost cgroup of each hierarchy. Version 2: there is one. Version 1: one for each directory.
+fn cgroup_hierarchies(mounted: &Path) -> Vec<PathBuf> {
+    if mounted.join("cgroup.procs").exists() {
+        return vec![mounted.to_owned()];
+    }
+    fs::read_dir(mounted).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+}
+
+/// As `send`, of an errand that comes back with an error number: that is the error.
 ///
 /// # Errors
 /// Those of `send`, and what the system said.
@@ -127,6 +151,20 @@ mod tests {
         fn run(self) -> Said<u64> {
             std::fs::metadata(&self.0).map(|meta| meta.len()).map_err(|error| number(&error))
         }
+    }
+
+    #[test]
+    fn a_cgroup_below_the_topmost_is_no_hierarchy() {
+        let dir = tempfile::tempdir().unwrap();
+        for part in ["memory", "pids"] {
+            fs::create_dir(dir.path().join(part)).unwrap();
+        }
+        let mut first = cgroup_hierarchies(dir.path());
+        first.sort();
+        assert_eq!(first, ["memory", "pids"].map(|part| dir.path().join(part)));
+        fs::write(dir.path().join("cgroup.procs"), "").unwrap();
+        assert_eq!(cgroup_hierarchies(dir.path()), [dir.path()]);
+        assert!(cgroup_hierarchies(Path::new("/nonexistent")).is_empty());
     }
 
     #[test]

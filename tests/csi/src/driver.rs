@@ -111,8 +111,13 @@ impl<S: Store> Driver<S> {
 
     /// Starts a FUSE holder: csi-node uses it from its next start on.
     pub fn start_holder(&mut self) {
+        self.start_holder_by(&[]);
+    }
+
+    /// The same, by another program, which becomes it.
+    pub fn start_holder_by(&mut self, starter: &[String]) {
         let args = ["--socket", &self.at("holder.sock")];
-        self.holder = Some(start("fuse-holder", &self.dir.join("holder.log"), &self.programs, &args));
+        self.holder = Some(start_by(starter, "fuse-holder", &self.dir.join("holder.log"), &self.programs, &args));
     }
 
     /// SIGKILL for the holder, and its end.

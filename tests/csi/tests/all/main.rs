@@ -2,6 +2,7 @@
 #![allow(missing_docs)]
 
 mod bad_input;
+mod containers;
 mod disks;
 mod failures;
 mod hung;

@@ -147,7 +147,8 @@ async fn csi_node_that_is_killed_while_it_unmounts_ends_at_once_and_the_next_one
     assert_eq!(open.iter().filter(its_parents).count(), 0, "it has {open:?} open");
 
     driver.start_node().await;
-    place.down(&driver.client).await.unwrap();
+    // Until it is written back it is in use: a caller tries again.
+    until("unstaged", || async { place.down(&driver.client).await.ok() }).await;
     until("an end of the unmount", || async { ended(&unmounting).then_some(()) }).await;
     disks.iter_mut().for_each(lockstep_native::faulty::FaultyDisk::release);
     place.up(&driver.client).await.unwrap();
