@@ -177,7 +177,17 @@ pub fn csi_node() -> anyhow::Result<u32> {
     bail!("no csi-node runs")
 }
 
-/// Shuts down the file system of a disk, from below: from now on each I/O to it fails.
+/// Shuts down the file system of a disk, from below: from now on each I/O to it fails. And it is pulled out: nobody finds it again by its name.
 pub fn fail_disk(disk: &str) -> anyhow::Result<()> {
-    run("xfs_io", &["-x", "-c", "shutdown", mount_of(disk).to_str().unwrap_or_default()]).map(drop)
+    let at = mount_of(disk);
+    let mounts = fs::read_to_string("/proc/self/mounts")?;
+    let mut devices = mounts.lines().filter_map(|line| line.split_once(' ')).filter(|(_, rest)| rest.split(' ').next() == at.to_str());
+    let (device, _) = devices.next().with_context(|| format!("{disk} is not mounted"))?;
+    run("xfs_io", &["-x", "-c", "shutdown", at.to_str().unwrap_or_default()])?;
+    for name in fs::read_dir("/dev/disk/by-id")?.flatten() {
+        if fs::read_link(name.path())? == Path::new(device) {
+            fs::remove_file(name.path())?;
+        }
+    }
+    Ok(())
 }

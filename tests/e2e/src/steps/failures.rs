@@ -1,6 +1,9 @@
 //! What goes wrong under a database and under fio, which must not notice.
 
-use std::{thread::sleep, time::Duration};
+use std::{
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, ensure};
 use serde_json::Value;
@@ -136,15 +139,16 @@ pub fn without_api() -> anyhow::Result<String> {
     until_health(CLAIM, "Healthy", 60)?;
     let (uid, before) = (text(&volume_of(CLAIM)?, "/metadata/uid").to_owned(), events(CLAIM, "MirrorDegraded")?);
     let disk = second_disk(&volume_of(CLAIM)?)?;
-    let what = under_load(110, || {
-        tool("component", &["kube-apiserver", "TERM"])?;
-        sleep(Duration::from_secs(10));
+    let what = under_load(130, || {
+        tool("component", &["kube-apiserver", "KILL"])?;
+        let back = Instant::now() + Duration::from_secs(60);
+        sleep(Duration::from_secs(5));
         fail_disk(&disk)?;
-        sleep(Duration::from_secs(10));
+        sleep(Duration::from_secs(5));
         let node = csi_node()?;
         crate::cluster::run("kill", &["-KILL", &node.to_string()])?;
         until("another csi-node runs", 60, || Ok(csi_node().ok().filter(|pid| *pid != node)))?;
-        sleep(Duration::from_secs(40));
+        sleep(back.saturating_duration_since(Instant::now()));
         tool("component", &["kube-apiserver"])?;
         until("the API is back", 60, || kubectl(&["get", "--raw", "/readyz"]).map(Some))?;
         let degraded = until_health(CLAIM, "Degraded", 90)?;
