@@ -534,6 +534,14 @@ impl Machine {
                 self.history.exception(Some(*range));
             }
         }
+        if let (Op::Leg(LegOp::Write { range, .. }), Kind::CopyWrite) = (&work.op, work.kind)
+            && let Some((disk, _)) = work.disk
+            && self.may_differ
+            && self.record().is_some_and(|record| self.place[record.pin.index()] == Some(disk))
+        {
+            // What could not be read from the pinned leg comes from the other one: until it has landed readers had what the pinned one held.
+            self.history.exception(Some(*range));
+        }
         self.handle(Event::Done { io, outcome });
     }
 
