@@ -517,10 +517,10 @@ impl Machine {
     }
 
     fn is_lost(&self, asked: &Asked) -> bool {
-        // Who counts may have been unknown when the volume started, and so what was listed.
-        let Asked::Read { range, listed, .. } = asked else { return false };
+        let Asked::Read { range, .. } = asked else { return false };
         let touched = |blocks: &BTreeSet<u64>| blocks.range(range.start..range.end).next().is_some();
-        touched(&self.lost) || touched(listed) || touched(&self.listed())
+        // Who counts may have been unknown when the volume started, and so what was listed.
+        touched(&self.lost) || touched(&self.listed())
     }
 
     fn with_counted(&self, check: impl FnOnce(&[legs::Leg<'_>]) -> Result<(), String>) -> Result<(), String> {

@@ -9,7 +9,7 @@ use lockstep_core::{
 };
 use lockstep_sim::{Rng, World};
 
-use crate::{in_flight_on, range, run_dry};
+use crate::{cut_off, in_flight_on, range, run_dry};
 
 const MOSTLY_B: Request = Request::WriteMostly { slot: Some(Slot::B), behind: true };
 
@@ -508,16 +508,7 @@ fn rule_21_the_pin_does_not_change_before_what_was_made_equal_is_durable() {
     for seed in 0..200 {
         let mut world = World::new(seed);
         world.settle();
-        world.write(range(5, 6));
-        world.settle();
-        // A write that was cut off came to B alone, and A is pinned.
-        world.write(range(5, 6));
-        while world.in_flight().iter().all(|(_, _, op)| !matches!(op, LegOp::Write { .. })) {
-            assert!(world.step(), "it never began");
-        }
-        world.crash([true, true]).unwrap();
-        world.disks[0].durable.insert(5, 1);
-        world.disks[1].durable.insert(5, 2);
+        cut_off(&mut world, 5, [1, 2]);
         assert_eq!(world.read_now(5), Ok(1));
         world.command(Request::WriteMostly { slot: Some(Slot::A), behind: true });
         for _ in 0..seed % 40 {

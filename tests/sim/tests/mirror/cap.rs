@@ -13,7 +13,7 @@ use lockstep_core::{
 };
 use lockstep_sim::{BLOCKS, Rng, World};
 
-use crate::{in_flight_on, range, run_dry, superblock_on};
+use crate::{answered, in_flight_on, range, run_dry, superblock_on, until_writing};
 
 /// A block in a region.
 fn block(region: u64) -> BlockRange {
@@ -43,13 +43,6 @@ fn step_within(world: &mut World, cap: u64) -> bool {
     let moved = world.step();
     assert!(!both_in(world) || dirty(world).len() as u64 <= cap, "{:?} are dirty, and both legs count", dirty(world));
     moved
-}
-
-/// Goes on, without the clock, until they are answered.
-fn answered(world: &mut World, tags: &[Tag]) {
-    while !tags.iter().all(|tag| world.answers.contains_key(tag)) {
-        assert!(world.step(), "a write that never ends");
-    }
 }
 
 #[test]
@@ -136,7 +129,7 @@ fn rule_17_regions_that_are_always_being_written_are_cleaned_too_when_there_are_
         let mut world = capped(seed, 12, 2);
         // There is always a write of each of them under way.
         let mut busy = [0, 1].map(|region| [world.write(block(region)), world.write(block(region))]);
-        run_until_issued(&mut world);
+        until_writing(&mut world);
         let wanted = world.write(block(7));
         for _ in 0..3000 {
             if world.answers.contains_key(&wanted) {
@@ -154,12 +147,6 @@ fn rule_17_regions_that_are_always_being_written_are_cleaned_too_when_there_are_
         assert_eq!(world.answers.get(&wanted), Some(&Ok(())), "starved");
         world.settle();
         assert!(world.healthy());
-    }
-}
-
-fn run_until_issued(world: &mut World) {
-    while crate::writes_in_flight(world) == 0 {
-        assert!(world.step());
     }
 }
 
@@ -416,7 +403,7 @@ fn rule_17_regions_that_no_resync_can_make_equal_do_not_take_the_room_of_others(
     let write = world.write(bad);
     answered(&mut world, &[write]);
     let write = world.write(bad);
-    run_until_issued(&mut world);
+    until_writing(&mut world);
     for slot in Slot::BOTH {
         world.disks[slot.index()].bad.insert(bad.start);
         let io = in_flight_on(&world, slot, |op| matches!(op, LegOp::Write { .. })).expect("the write");

@@ -4,12 +4,12 @@ use lockstep_core::{
     format,
     io::{Fill, LegOp, Notice, Outcome, Request},
     membership::MemberState,
-    status::{LegState, Sync},
+    status::LegState,
     units::{Errno, IoId, Slot, Tag},
 };
 use lockstep_sim::World;
 
-use crate::{in_flight_on, range, run_dry, superblock_on, warm, writes_in_flight};
+use crate::{in_flight_on, range, run_dry, superblock_on, warm, written_behind_a_resync};
 
 /// B was away while [0, 8) was written, and is being filled.
 fn rebuilding(seed: u64) -> World {
@@ -267,23 +267,7 @@ fn rule_23_what_a_leg_that_is_filled_took_and_its_source_did_not_is_copied_again
 #[test]
 fn rule_14_legs_that_come_to_differ_while_they_are_resynced_are_resynced_again() {
     for seed in 0..30 {
-        let mut world = warm(seed);
-        world.write(range(0, 8));
-        world.settle();
-        world.write(range(100, 108));
-        while writes_in_flight(&world) == 0 {
-            assert!(world.step(), "the write is never issued");
-        }
-        world.kill([true, true]).expect("both are IN");
-        // The piece is copied, and others of its region are not.
-        while !(world.mirror.status().sync == Sync::Resync && world.mirror.status().copied_blocks > 7) {
-            assert!(world.step(), "it is never resynced");
-        }
-        let write = world.write(range(3, 4));
-        while in_flight_on(&world, Slot::A, |op| matches!(op, LegOp::Write { range, .. } if range.start == 3)).is_none() {
-            assert!(world.step(), "the write is never issued");
-        }
-        assert_eq!(world.mirror.status().sync, Sync::Resync, "too late");
+        let (mut world, write) = written_behind_a_resync(seed);
         fail_after_all(&mut world, Slot::A, 1000);
         fail_after_all(&mut world, Slot::B, 2000);
         assert_eq!(world.answers[&write], Err(Errno::EIO));

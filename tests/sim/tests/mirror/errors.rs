@@ -2,11 +2,11 @@
 
 use lockstep_core::{
     io::{LegOp, Notice, Outcome, Request},
-    status::{LegState, Sync},
+    status::LegState,
     units::{Errno, Slot},
 };
 
-use crate::{in_flight_on, range, run_dry, warm};
+use crate::{answered, cut_off, in_flight_on, range, run_dry, warm, written_behind_a_resync};
 
 #[test]
 fn case_33_what_one_leg_cannot_read_the_other_serves_and_it_is_repaired() {
@@ -56,9 +56,7 @@ fn case_41_no_space_takes_nobody_out_and_leaves_the_legs_equal() {
             world.settle();
             (world.disks[0].full, world.disks[1].full) = (a, b);
             let write = world.write(range(4, 12));
-            while !world.answers.contains_key(&write) {
-                assert!(world.step(), "the write never ended");
-            }
+            answered(&mut world, &[write]);
             assert_eq!(world.answers[&write], Err(Errno::ENOSPC));
             (world.disks[0].full, world.disks[1].full) = (false, false);
             world.settle();
@@ -76,9 +74,7 @@ fn rule_28_what_was_refused_does_not_come_back_with_a_power_cut() {
         world.settle();
         world.disks[full].full = true;
         let write = world.write(range(4, 12));
-        while !world.answers.contains_key(&write) {
-            assert!(world.step(), "the write never ended");
-        }
+        answered(&mut world, &[write]);
         assert_eq!(world.answers[&write], Err(Errno::ENOSPC));
         let took = &world.disks[1 - full];
         assert!((4..12).all(|block| took.read(block) == 2 && !took.cache.contains_key(&block)), "{took:?}");
@@ -89,28 +85,16 @@ fn rule_28_what_was_refused_does_not_come_back_with_a_power_cut() {
 fn rule_28_where_the_legs_differ_already_nothing_is_taken_back_from_the_one_that_is_not_pinned() {
     for (seed, full) in (0..20).flat_map(|seed| [(seed, 0), (seed, 1)]) {
         // Where the resync does not come to.
-        let block = range(4000, 4001);
         let mut world = warm(seed);
-        world.write(block);
-        world.settle();
-        world.write(block);
-        while world.in_flight().iter().all(|(_, _, op)| !matches!(op, LegOp::Write { .. })) {
-            assert!(world.step(), "it never began");
-        }
-        world.crash([true, true]).unwrap();
-        // It was cut off, and came to B alone; A is pinned.
-        world.disks[0].durable.insert(4000, 2);
-        world.disks[1].durable.insert(4000, 3);
+        cut_off(&mut world, 4000, [2, 3]);
         assert_eq!(world.read_now(4000), Ok(2));
         while world.in_flight().iter().all(|(_, _, op)| !matches!(op, LegOp::NextData { .. })) {
             assert!(world.step(), "no resync");
         }
         world.stuck = world.in_flight().iter().map(|(io, ..)| *io).collect();
         world.disks[full].full = true;
-        let write = world.write(block);
-        while !world.answers.contains_key(&write) {
-            assert!(world.step(), "the write never ended");
-        }
+        let write = world.write(range(4000, 4001));
+        answered(&mut world, &[write]);
         assert_eq!(world.answers[&write], Err(Errno::ENOSPC));
         if full == 0 {
             assert_eq!(world.disks[1].read(4000), 2, "it is taken back before the answer");
@@ -128,30 +112,10 @@ fn rule_28_where_the_legs_differ_already_nothing_is_taken_back_from_the_one_that
 #[test]
 fn rule_28_where_a_leg_refuses_what_was_resynced_already_it_is_resynced_again() {
     for seed in 0..30 {
-        let mut world = warm(seed);
-        world.write(range(0, 8));
-        world.settle();
-        world.write(range(100, 108));
-        while in_flight_on(&world, Slot::A, |op| matches!(op, LegOp::Write { .. })).is_none() {
-            assert!(world.step(), "the write is never issued");
-        }
-        world.kill([true, true]).expect("both are IN");
-        // The piece is copied, and others of its region are not.
-        while !(world.mirror.status().sync == Sync::Resync && world.mirror.status().copied_blocks > 7) {
-            assert!(world.step(), "it is never resynced");
-        }
-        let write = world.write(range(3, 4));
-        let refused = loop {
-            match in_flight_on(&world, Slot::B, |op| matches!(op, LegOp::Write { range, .. } if range.start == 3)) {
-                Some(io) => break io,
-                None => assert!(world.step(), "the write is never issued"),
-            }
-        };
-        assert_eq!(world.mirror.status().sync, Sync::Resync, "too late");
+        let (mut world, write) = written_behind_a_resync(seed);
+        let refused = in_flight_on(&world, Slot::B, |op| matches!(op, LegOp::Write { range, .. } if range.start == 3)).expect("a write");
         world.end(refused, Outcome::Failed(Errno::ENOSPC));
-        while !world.answers.contains_key(&write) {
-            assert!(world.step(), "the write never ended");
-        }
+        answered(&mut world, &[write]);
         assert_eq!(world.answers[&write], Err(Errno::ENOSPC));
         world.settle();
         assert!(world.healthy());
