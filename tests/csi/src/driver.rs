@@ -13,7 +13,7 @@ use lockstep_store::{Directory, Error, Store};
 
 use crate::{
     client::{Client, Place},
-    lab::{Lab, text},
+    lab::{Lab, identical, text},
     memory::MemoryGroup,
 };
 
@@ -224,6 +224,7 @@ impl<S: Store> Driver<S> {
     pub fn sockets(&self) -> (PathBuf, PathBuf) {
         (self.dir.join("node.sock"), self.dir.join("controller.sock"))
     }
+
     /// SIGKILL for csi-node, and its end.
     pub fn kill_node(&mut self) {
         let mut node = self.node.take().expect("csi-node runs");
@@ -320,6 +321,15 @@ impl<S: Store> Driver<S> {
         let legs = volume.status.expect("it is allocated").legs;
         let dir = self.dir.canonicalize().expect("it is there");
         legs.iter().map(|leg| dir.join(format!("state/disks/{}/volumes/{uid}.{}/data", leg.disk, leg.leg_id))).collect()
+    }
+
+    /// Compares them with `cmp`, while nobody uses the volume.
+    ///
+    /// # Panics
+    /// If they differ.
+    pub async fn assert_copies_identical(&self, id: &str) {
+        let copies = self.copies(id).await;
+        assert!(identical(&copies[0], &copies[1]), "the copies of {id} differ");
     }
 }
 

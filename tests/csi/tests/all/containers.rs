@@ -8,12 +8,14 @@ use std::{
 };
 
 use lockstep_csi_tests::{
-    driver::{Driver, program, until},
-    lab::{Lab, identical, text},
+    driver::{Driver, program},
+    lab::{Lab, text},
     load,
 };
-use lockstep_native::{faulty::Faults, run, succeeds};
+use lockstep_native::succeeds;
 use serde_json::{Value, json};
+
+use crate::{surroundings::shared, survival::Unmounting};
 
 const MIB: u64 = 1 << 20;
 
@@ -103,8 +105,7 @@ async fn rig(lab: &Lab) -> Option<(Driver, Pod)> {
         println!("SKIPPED: no runc");
         return None;
     }
-    run("mount", &["--bind", text(&lab.path("")), text(&lab.path(""))]);
-    run("mount", &["--make-shared", text(&lab.path(""))]);
+    shared(&lab.path(""));
     let mut driver = Driver::start(lab).await;
     let holder = Pod::start(lab, "holder", &[], "rprivate");
     driver.start_holder_by(&holder.starter());
@@ -159,8 +160,7 @@ async fn csi_nodes_container_is_replaced_under_load_and_nobody_notices() {
     }
     for place in [&files, &block] {
         place.down(&driver.client).await.unwrap();
-        let copies = driver.copies(&place.id).await;
-        assert!(identical(&copies[0], &copies[1]), "the copies of {} differ", place.id);
+        driver.assert_copies_identical(&place.id).await;
     }
     end(&mut driver, pod);
     driver.stop();
@@ -178,34 +178,17 @@ fn unmounts(path: &Path) -> bool {
 #[tokio::test(flavor = "multi_thread")]
 async fn csi_nodes_container_ends_while_it_unmounts_and_the_next_one_finishes_it() {
     let mut lab = Lab::new(0, 0);
-    let mut disks = [lab.add_faulty_disk(1500, 1).1, lab.add_faulty_disk(1500, 2).1];
+    let disks = Unmounting::disks(&mut lab);
     let Some((mut driver, holder)) = rig(&lab).await else { return };
     let mut pod = start_node(&mut driver, &lab, 0).await;
-    let place = driver.place("files", 512 * MIB, Some("ext4")).await;
-    place.up(&driver.client).await.unwrap();
-    let file = place.target.join("file");
-    let content: Vec<u8> = (0..64 * MIB).map(|at| (at / 4096 % 251) as u8).collect();
-    fs::write(&file, &content).unwrap();
-    driver.client.unpublish(&place.id, &place.target).await.unwrap();
-    // Each step of the writing back takes a while from now on, and nothing takes long.
-    disks.iter_mut().for_each(|disk| disk.arm(Faults { late: 1, late_millis: 150, ..Faults::default() }));
-    let (client, staged) = (driver.client.clone(), place.clone());
-    let unstaging = tokio::spawn(async move { client.unstage(&staged.id, &staged.staging).await });
-    let mounted = || fs::read_to_string("/proc/self/mounts").unwrap().contains(text(&place.staging));
-    until("not in the list of mounts any more", || async { (!mounted()).then_some(()) }).await;
+    let mut unmount = Unmounting::begin(&driver, disks).await;
     let took = end(&mut driver, pod);
     println!("figure: a container whose csi-node unmounted ended after {took:.1?}");
-    assert!(unmounts(&place.staging), "nothing was left to write: this shows nothing");
+    assert!(unmounts(&unmount.place.staging), "nothing was left to write: this shows nothing");
     pod = start_node(&mut driver, &lab, 1).await;
-    drop(unstaging.await);
-    // Until it is written back it is in use: a caller tries again.
-    until("unstaged", || async { place.down(&driver.client).await.ok() }).await;
-    disks.iter_mut().for_each(lockstep_native::faulty::FaultyDisk::release);
-    place.up(&driver.client).await.unwrap();
-    assert!(fs::read(&file).unwrap() == content, "what was written before the unmount is not there");
-    place.down(&driver.client).await.unwrap();
-    let copies = driver.copies(&place.id).await;
-    assert!(identical(&copies[0], &copies[1]), "the copies differ");
+    drop((&mut unmount.unstaging).await);
+    unmount.unstaged(&driver).await;
+    unmount.intact(&driver).await;
     end(&mut driver, pod);
     driver.stop();
     assert!(holder.end(), "the holder's container does not end");

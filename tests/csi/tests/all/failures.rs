@@ -83,8 +83,7 @@ async fn a_lost_disk_is_replaced_by_a_new_one_under_load_and_the_old_copy_goes_w
     .await;
     assert!(log().contains("a copy that was replaced is removed"));
     place.down(&driver.client).await.unwrap();
-    let copies = driver.copies(&place.id).await;
-    assert!(identical(&copies[0], &copies[1]), "the copies differ");
+    driver.assert_copies_identical(&place.id).await;
     driver.client.delete(&place.id).await.unwrap();
     driver.stop();
 }
@@ -151,8 +150,7 @@ async fn a_disk_that_comes_back_gets_only_what_it_missed() {
     let copied: u64 = message.split(' ').next().unwrap().parse().unwrap_or_else(|_| panic!("{message}"));
     assert!((1..256).contains(&copied), "{message}");
     place.down(&driver.client).await.unwrap();
-    let copies = driver.copies(&place.id).await;
-    assert!(identical(&copies[0], &copies[1]), "the copies differ");
+    driver.assert_copies_identical(&place.id).await;
     driver.stop();
 }
 
@@ -179,8 +177,7 @@ async fn csi_node_is_killed_with_volumes_mounted_and_they_are_staged_again() {
         let copied: u64 = message.split(' ').next().unwrap().parse().unwrap_or_else(|_| panic!("{message}"));
         assert!((1..512).contains(&copied), "{message}");
         place.down(&driver.client).await.unwrap();
-        let copies = driver.copies(&place.id).await;
-        assert!(identical(&copies[0], &copies[1]), "the copies differ");
+        driver.assert_copies_identical(&place.id).await;
     }
     driver.stop();
 }
@@ -217,8 +214,7 @@ async fn csi_node_is_killed_while_its_volumes_are_written_back_and_it_ends() {
         place.down(&driver.client).await.unwrap();
         place.up(&driver.client).await.unwrap();
         place.down(&driver.client).await.unwrap();
-        let copies = driver.copies(&place.id).await;
-        assert!(identical(&copies[0], &copies[1]), "the copies differ");
+        driver.assert_copies_identical(&place.id).await;
     }
     driver.stop();
 }

@@ -18,7 +18,7 @@ use std::{
 use lockstep_csi_tests::{
     client::Place,
     driver::{Driver, until},
-    lab::{Lab, identical, text},
+    lab::{Lab, text},
     load,
 };
 use lockstep_native::{
@@ -176,8 +176,7 @@ async fn healed(lab: &mut Lab, driver: &Driver, number: usize, places: &[Place])
     for place in places {
         until_ready_is(driver, &place.id, "Healthy").await;
         place.down(&driver.client).await.unwrap();
-        let copies = driver.copies(&place.id).await;
-        assert!(identical(&copies[0], &copies[1]), "the copies of {} differ", place.id);
+        driver.assert_copies_identical(&place.id).await;
     }
 }
 

@@ -5,7 +5,7 @@ use std::{fs, process::Command, time::Duration};
 use lockstep_csi_tests::{
     client::Place,
     driver::{Driver, until},
-    lab::{Lab, identical, text},
+    lab::{Lab, text},
 };
 use lockstep_native::run;
 use tokio::task::JoinHandle;
@@ -88,7 +88,6 @@ async fn a_volume_whose_assembly_took_csi_node_with_it_three_times_is_refused_un
     assert_eq!(count(&lab, &driver, &place).await, None);
     assert!(driver.volume(&place.id).await.metadata.annotations.is_none_or(|annotations| annotations.is_empty()));
     place.down(&driver.client).await.unwrap();
-    let copies = driver.copies(&place.id).await;
-    assert!(identical(&copies[0], &copies[1]), "the copies differ");
+    driver.assert_copies_identical(&place.id).await;
     driver.stop();
 }

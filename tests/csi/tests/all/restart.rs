@@ -8,7 +8,7 @@ use std::{
 
 use lockstep_csi_tests::{
     driver::Driver,
-    lab::{Lab, identical},
+    lab::Lab,
     load::{self, Direct},
     memory::kib,
 };
@@ -80,8 +80,7 @@ async fn fifty_volumes_under_load_are_all_served_on_by_the_next_csi_node() {
     );
     for place in &places {
         place.down(&driver.client).await.unwrap();
-        let copies = driver.copies(&place.id).await;
-        assert!(identical(&copies[0], &copies[1]), "the copies of {} differ", place.id);
+        driver.assert_copies_identical(&place.id).await;
     }
     driver.stop();
 }

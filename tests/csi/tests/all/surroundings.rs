@@ -12,7 +12,7 @@ use std::{
 use lockstep_csi_tests::{
     client::Place,
     driver::Driver,
-    lab::{Lab, identical, text},
+    lab::{Lab, text},
     load,
     memory::{MemoryGroup, kib},
 };
@@ -26,7 +26,7 @@ fn namespace(propagation: &str) -> [&str; 4] {
 }
 
 /// From here on, what is mounted below the directory is mounted below its copies in other namespaces too, if they share it.
-fn shared(dir: &Path) {
+pub(crate) fn shared(dir: &Path) {
     run("mount", &["--bind", text(dir), text(dir)]);
     run("mount", &["--make-shared", text(dir)]);
 }
@@ -123,8 +123,7 @@ async fn csi_node_in_a_new_mount_namespace_serves_the_devices_on_that_it_left_in
     drop(device);
     for place in [&files, &block] {
         place.down(&driver.client).await.unwrap();
-        let copies = driver.copies(&place.id).await;
-        assert!(identical(&copies[0], &copies[1]), "the copies of {} differ", place.id);
+        driver.assert_copies_identical(&place.id).await;
     }
     assert_eq!(loops().concat(), Vec::<String>::new());
     let left: Vec<_> =
@@ -226,8 +225,7 @@ async fn writers_with_too_little_memory_and_csi_node_within_its_bound_do_not_wai
     assert!(peak <= bound << 10, "{peak} KiB");
     for place in &places {
         place.down(&driver.client).await.unwrap();
-        let copies = driver.copies(&place.id).await;
-        assert!(identical(&copies[0], &copies[1]), "the copies of {} differ", place.id);
+        driver.assert_copies_identical(&place.id).await;
     }
     driver.stop();
 }

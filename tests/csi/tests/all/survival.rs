@@ -10,17 +10,18 @@ use std::{
 use lockstep_csi_tests::{
     client::Place,
     driver::{Driver, until},
-    lab::{Lab, identical, text},
+    lab::{Lab, text},
     load,
 };
-use lockstep_native::faulty::Faults;
+use lockstep_native::faulty::{Faults, FaultyDisk};
+use tokio::task::JoinHandle;
+use tonic::Status;
 
 const MIB: u64 = 1 << 20;
 
 async fn copies_are_equal(driver: &Driver, place: &Place) {
     place.down(&driver.client).await.unwrap();
-    let copies = driver.copies(&place.id).await;
-    assert!(identical(&copies[0], &copies[1]), "the copies differ");
+    driver.assert_copies_identical(&place.id).await;
 }
 
 /// How long a write takes that comes after the kill: the users' stall.
@@ -113,32 +114,63 @@ fn mounted(path: &Path) -> bool {
     fs::read_to_string("/proc/self/mounts").unwrap().lines().any(|line| line.split(' ').nth(1) == Some(text(path)))
 }
 
-/// What an unmount writes back goes through csi-node itself. Killed in the middle of that it has to end all the same: who starts the next one may wait
-/// for it.
+/// A volume that is being unmounted by a child of csi-node's, on disks that take a while for each step of what that writes back. They do so through csi-node
+/// itself: the child ends when the next one serves.
+pub(crate) struct Unmounting {
+    disks: [FaultyDisk; 2],
+    pub(crate) place: Place,
+    content: Vec<u8>,
+    pub(crate) unstaging: JoinHandle<Result<(), Status>>,
+}
+
+impl Unmounting {
+    pub(crate) fn disks(lab: &mut Lab) -> [FaultyDisk; 2] {
+        [1, 2].map(|seed| lab.add_faulty_disk(1500, seed).1)
+    }
+
+    pub(crate) async fn begin(driver: &Driver, mut disks: [FaultyDisk; 2]) -> Self {
+        let place = driver.place("files", 512 * MIB, Some("ext4")).await;
+        place.up(&driver.client).await.unwrap();
+        let content: Vec<u8> = (0..64 * MIB).map(|at| (at / 4096 % 251) as u8).collect();
+        fs::write(place.target.join("file"), &content).unwrap();
+        driver.client.unpublish(&place.id, &place.target).await.unwrap();
+        // Each step of the writing back takes a while from now on, and nothing takes long.
+        disks.iter_mut().for_each(|disk| disk.arm(Faults { late: 1, late_millis: 150, ..Faults::default() }));
+        let (client, staged) = (driver.client.clone(), place.clone());
+        let unstaging = tokio::spawn(async move { client.unstage(&staged.id, &staged.staging).await });
+        until("not in the list of mounts any more", || async { (!mounted(&place.staging)).then_some(()) }).await;
+        Self { disks, place, content, unstaging }
+    }
+
+    /// Until it is written back it is in use: a caller tries again.
+    pub(crate) async fn unstaged(&self, driver: &Driver) {
+        until("unstaged", || async { self.place.down(&driver.client).await.ok() }).await;
+    }
+
+    /// What was written before is there, and on both copies.
+    pub(crate) async fn intact(mut self, driver: &Driver) {
+        self.disks.iter_mut().for_each(FaultyDisk::release);
+        self.place.up(&driver.client).await.unwrap();
+        assert!(fs::read(self.place.target.join("file")).unwrap() == self.content, "what was written before the unmount is not there");
+        copies_are_equal(driver, &self.place).await;
+    }
+}
+
+/// Killed in the middle of an unmount it has to end all the same: who starts the next one may wait for it.
 #[tokio::test(flavor = "multi_thread")]
 async fn csi_node_that_is_killed_while_it_unmounts_ends_at_once_and_the_next_one_finishes_it() {
     let mut lab = Lab::new(0, 0);
-    let mut disks = [lab.add_faulty_disk(1500, 1).1, lab.add_faulty_disk(1500, 2).1];
+    let disks = Unmounting::disks(&mut lab);
     let mut driver = Driver::start(&lab).await;
     driver.use_holder().await;
-    let place = driver.place("files", 512 * MIB, Some("ext4")).await;
-    place.up(&driver.client).await.unwrap();
-    let file = place.target.join("file");
-    let content: Vec<u8> = (0..64 * MIB).map(|at| (at / 4096 % 251) as u8).collect();
-    fs::write(&file, &content).unwrap();
-    driver.client.unpublish(&place.id, &place.target).await.unwrap();
-    // Each step of the writing back takes a while from now on, and nothing takes long.
-    disks.iter_mut().for_each(|disk| disk.arm(Faults { late: 1, late_millis: 150, ..Faults::default() }));
-    let (client, staged) = (driver.client.clone(), place.clone());
-    let unstaging = tokio::spawn(async move { client.unstage(&staged.id, &staged.staging).await });
-    until("not in the list of mounts any more", || async { (!mounted(&place.staging)).then_some(()) }).await;
+    let mut unmount = Unmounting::begin(&driver, disks).await;
     let unmounting = errand(driver.node_id(), "unmount");
     let killed = Instant::now();
     driver.kill_node();
     let took = killed.elapsed();
     println!("figure: csi-node that was killed in an unmount ended after {took:.1?}");
     assert!(took < Duration::from_secs(2), "it did not end at once: {took:?}");
-    unstaging.await.unwrap().unwrap_err();
+    (&mut unmount.unstaging).await.unwrap().unwrap_err();
     let unmounting = unmounting.expect("a process of its own unmounts");
     assert!(!ended(&unmounting), "nothing was left to write: this shows nothing");
     let open: Vec<_> = fs::read_dir(unmounting.join("fd")).unwrap().flatten().flat_map(|fd| fs::read_link(fd.path())).collect();
@@ -147,13 +179,9 @@ async fn csi_node_that_is_killed_while_it_unmounts_ends_at_once_and_the_next_one
     assert_eq!(open.iter().filter(its_parents).count(), 0, "it has {open:?} open");
 
     driver.start_node().await;
-    // Until it is written back it is in use: a caller tries again.
-    until("unstaged", || async { place.down(&driver.client).await.ok() }).await;
+    unmount.unstaged(&driver).await;
     until("an end of the unmount", || async { ended(&unmounting).then_some(()) }).await;
-    disks.iter_mut().for_each(lockstep_native::faulty::FaultyDisk::release);
-    place.up(&driver.client).await.unwrap();
-    assert!(fs::read(&file).unwrap() == content, "what was written before the unmount is not there");
-    copies_are_equal(&driver, &place).await;
+    unmount.intact(&driver).await;
     driver.stop();
 }
 

@@ -92,8 +92,7 @@ async fn after_a_minute_of_load_all_copies_are_identical() {
     assert!(loads.into_iter().all(load::Load::succeeded), "fio found an error");
     for place in [ext4, block] {
         place.down(&driver.client).await.unwrap();
-        let copies = driver.copies(&place.id).await;
-        assert!(identical(&copies[0], &copies[1]), "the copies of {} differ", place.id);
+        driver.assert_copies_identical(&place.id).await;
         driver.client.delete(&place.id).await.unwrap();
     }
     driver.stop();
@@ -203,8 +202,7 @@ async fn a_volume_grows_while_it_is_used_and_again_at_its_next_stage() {
     let file = place.target.join("big");
     run("dd", &["if=/dev/urandom", &format!("of={}", text(&file)), "bs=1M", "count=700", "conv=fsync", "status=none"]);
     place.down(&client).await.unwrap();
-    let copies = driver.copies(&place.id).await;
-    assert!(identical(&copies[0], &copies[1]), "the copies differ");
+    driver.assert_copies_identical(&place.id).await;
 
     // ext4 grows before it is mounted.
     client.delete(&place.id).await.unwrap();
@@ -269,8 +267,7 @@ async fn a_thick_volume_on_full_disks_never_runs_out_of_space() {
     let of = format!("of={}", text(&block.target));
     run("dd", &["if=/dev/urandom", &of, "bs=1M", &format!("count={}", bytes / MIB), "oflag=direct", "status=none"]);
     block.down(&client).await.unwrap();
-    let copies = driver.copies(&block.id).await;
-    assert!(identical(&copies[0], &copies[1]), "the copies differ");
+    driver.assert_copies_identical(&block.id).await;
     driver.stop();
 }
 

@@ -9,7 +9,7 @@ use std::{
 
 use lockstep_csi_tests::{
     driver::{Driver, until},
-    lab::{Lab, identical, text},
+    lab::{Lab, text},
 };
 use lockstep_native::run;
 
@@ -77,8 +77,7 @@ async fn writes_wait_for_the_fast_disk_alone_a_flush_for_both_and_a_kill_loses_n
     place.up(&driver.client).await.unwrap();
     assert_eq!(read(&lab, &place.target), vec![4; 32 * 4096]);
     place.down(&driver.client).await.unwrap();
-    let copies = driver.copies(&place.id).await;
-    assert!(identical(&copies[0], &copies[1]), "the copies differ");
+    driver.assert_copies_identical(&place.id).await;
 
     let wrong = driver.client.create_with("wrong", 64 * MIB, &[("writeBehind", "sometimes")]).await.unwrap_err();
     assert!(wrong.code() == tonic::Code::InvalidArgument && wrong.message().contains("writeBehind"), "{wrong}");
