@@ -120,14 +120,6 @@ pub(crate) fn attach(backing: &OwnedFd, name: &str) -> io::Result<LoopDevice> {
     }
 }
 
-fn name_of(file: &File) -> io::Result<String> {
-    let mut info = EMPTY;
-    // SAFETY: `info` is a struct loop_info64 that lives through the call; the kernel fills it.
-    check(unsafe { libc::ioctl(file.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) })?;
-    let len = info.file_name.iter().position(|byte| *byte == 0).unwrap_or(NAME_LEN);
-    Ok(String::from_utf8_lossy(&info.file_name[..len]).into_owned())
-}
-
 /// Every loop device that is attached. None is touched.
 pub(crate) fn attached() -> io::Result<Vec<Attached>> {
     let mut found = Vec::new();
@@ -162,7 +154,11 @@ impl LoopDevice {
 
     /// The name that it was given when it was attached.
     pub(crate) fn name(&self) -> io::Result<String> {
-        name_of(&open(&self.path)?)
+        let (file, mut info) = (open(&self.path)?, EMPTY);
+        // SAFETY: `info` is a struct loop_info64 that lives through the call; the kernel fills it.
+        check(unsafe { libc::ioctl(file.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) })?;
+        let len = info.file_name.iter().position(|byte| *byte == 0).unwrap_or(NAME_LEN);
+        Ok(String::from_utf8_lossy(&info.file_name[..len]).into_owned())
     }
 
     /// Reads the backing file's size again.

@@ -16,6 +16,17 @@ fn resource(group: &str, resource: &str, sub: &str) -> String {
     [group, resource, sub].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("/")
 }
 
+/// The words of a list in a rule.
+fn words<'a>(rule: &'a Value, field: &str) -> impl Iterator<Item = &'a str> {
+    rule[field].as_array().into_iter().flatten().filter_map(Value::as_str)
+}
+
+/// What one rule of a role gives to an account.
+fn rights_of(account: &str, rule: &Value) -> impl Iterator<Item = Right> {
+    let resources = words(rule, "apiGroups").flat_map(move |group| words(rule, "resources").map(move |what| resource(group, what, "")));
+    resources.flat_map(move |what| words(rule, "verbs").map(move |verb| (account.to_owned(), verb.to_owned(), what.clone())))
+}
+
 fn granted() -> anyhow::Result<BTreeSet<Right>> {
     let mut rights = BTreeSet::new();
     for (bindings, roles) in [("clusterrolebindings", "clusterroles"), ("rolebindings", "roles")] {
@@ -23,18 +34,8 @@ fn granted() -> anyhow::Result<BTreeSet<Right>> {
         for binding in list(&[bindings, "-n", DRIVER, "-l", "app.kubernetes.io/name=lockstep"])? {
             let name = text(&binding, "/roleRef/name");
             let role = roles.iter().find(|role| text(role, "/metadata/name") == name).context("a binding without a role")?;
-            let words = |rule: &Value, field: &str| -> Vec<String> {
-                rule[field].as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
-            };
-            for rule in role["rules"].as_array().into_iter().flatten() {
-                for group in words(rule, "apiGroups") {
-                    for what in words(rule, "resources") {
-                        for verb in words(rule, "verbs") {
-                            rights.insert((text(&binding, "/subjects/0/name").to_owned(), verb, resource(&group, &what, "")));
-                        }
-                    }
-                }
-            }
+            let account = text(&binding, "/subjects/0/name");
+            rights.extend(role["rules"].as_array().into_iter().flatten().flat_map(|rule| rights_of(account, rule)));
         }
     }
     Ok(rights)
