@@ -212,7 +212,9 @@ impl Machine {
             // Nothing that is there may be trusted: an empty leg of a new name.
             (_, leg) => {
                 let counted = |leg| record.members.iter().any(|member| member.leg == leg && member.state == MemberState::In);
-                if leg.is_some_and(counted) {
+                // A member whose place is not free yet has no answer, which is not "never".
+                let member = |leg| self.status.legs.iter().any(|status| status.id == leg);
+                if leg.is_some_and(|leg| counted(leg) || known.is_none() && member(leg)) {
                     return;
                 }
                 let id = self.new_leg_id();

@@ -137,8 +137,8 @@ pub(super) struct Machine {
     pub capped_since: u64,
     /// Blocks that the mirror gave up, and that were not overwritten.
     pub lost: BTreeSet<u64>,
-    /// Host faults and short counts so far, of what may be one operation and its reissues.
-    pub in_a_row: BTreeMap<(usize, Kind, u64), u8>,
+    /// Host faults and short counts so far, of what may be one operation and its reissues: disk, kind, memory, where it ends.
+    pub in_a_row: BTreeMap<(usize, Kind, u64, u64), u8>,
     pub coverage: Coverage,
     pub broken: Option<Broken>,
     watch: Watch,

@@ -305,9 +305,10 @@ impl Machine {
             LegOp::Read { range, .. } | LegOp::Write { range, .. } | LegOp::Zero { range } | LegOp::NextData { range } => range.end,
             LegOp::Flush => 0,
         };
-        let before = self.in_a_row.remove(&(disk, work.kind, place)).unwrap_or(0);
+        let key = (disk, work.kind, work.memory, place);
+        let before = self.in_a_row.remove(&key).unwrap_or(0);
         if self.profile.flaky > 0 && self.rng.once_in(self.profile.flaky) && before < HOST_FAULTS {
-            self.in_a_row.insert((disk, work.kind, place), before + 1);
+            self.in_a_row.insert(key, before + 1);
             return self.flaky(disk, op, work);
         }
         self.do_all(disk, op, work)
