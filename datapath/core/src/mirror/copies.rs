@@ -6,7 +6,7 @@
 //! Bad blocks (`bad_blocks.rs`) are passed over by every copy: no leg holds them. A buffer is taken last, so that whoever holds one only waits
 //! for leg I/O.
 
-use super::{Ended, Mirror, Purpose, State};
+use super::{Ended, Mirror, Purpose, Report, State};
 use crate::{
     bad_blocks::Runs,
     fault::{Fault, classify, is_unreadable},
@@ -307,18 +307,27 @@ impl Mirror {
         self.held.retain(|held| *held != id);
         match copy.purpose {
             CopyFor::Repair | CopyFor::Belief => {}
-            CopyFor::Mend(mend) => {
-                if !ok && self.in_count() == 2 {
-                    self.mark_unsynced(copy.range);
-                }
-                if let Some(write) = self.writes.get_mut(&mend.write) {
-                    write.stage = super::writes::Stage::Issued;
-                }
-                self.finish_write(mend.write, Err(Errno::ENOSPC), out);
-            }
+            CopyFor::Mend(mend) => self.mended(mend.write, ok, out),
             CopyFor::Sync { generation, .. } => self.sync_copy_ended(generation, ok),
         }
         self.next_in_buffer_queue(out);
+    }
+
+    /// What only one leg had space for was taken back, or could not be.
+    fn mended(&mut self, id: EntryId, ok: bool, out: &mut Effects) {
+        let both_in = self.in_count() == 2;
+        let Some(write) = self.writes.get_mut(&id) else { return };
+        write.stage = super::writes::Stage::Issued;
+        if !ok && !both_in {
+            // Neither leg has the whole of it any more, and one is on its way OUT.
+            write.reports = [Report::NoSpace; 2];
+            return self.judge_write(id, out);
+        }
+        let range = write.range;
+        if !ok {
+            self.mark_unsynced(range);
+        }
+        self.finish_write(id, Err(Errno::ENOSPC), out);
     }
 
     pub(super) fn free_buffer(&mut self, index: u8, out: &mut Effects) {

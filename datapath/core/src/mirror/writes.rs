@@ -144,8 +144,8 @@ impl Mirror {
         }
     }
 
-    /// What the reports of the counted legs add up to. A leg that is durably OUT has no say; one that is leaving is waited for
-    /// until it is out, because the durable record still counts it (mirror rule 8).
+    /// What the reports of the counted legs add up to. A leg that is durably OUT has no say; where the legs are not equal, one that is leaving is
+    /// waited for until it is out: the durable record still counts it (mirror rule 8), and after a kill it could be what is read (rule 21).
     pub(super) fn verdict(&self, reports: [Report; 2]) -> Verdict {
         let counted = || Slot::BOTH.into_iter().filter(|slot| self.legs[slot.index()].counted()).map(|slot| (slot, reports[slot.index()]));
         if counted().any(|(_, report)| report == Report::Pending) {
@@ -161,13 +161,13 @@ impl Mirror {
                 return Verdict::Lost(slot, errno);
             }
         }
-        if no_space {
-            return Verdict::NoSpace;
+        if done && counted().all(|(_, report)| report == Report::Done) {
+            return Verdict::Done;
         }
-        if !done {
-            return Verdict::AllFailed;
+        if done && !no_space || counted().any(|(slot, _)| self.legs[slot.index()].state == State::Leaving) {
+            return Verdict::Wait;
         }
-        if counted().all(|(_, report)| report == Report::Done) { Verdict::Done } else { Verdict::Wait }
+        if no_space { Verdict::NoSpace } else { Verdict::AllFailed }
     }
 
     /// Whether a leg that still counts has to report.

@@ -6,6 +6,8 @@ use lockstep_core::{
     units::{Errno, Slot},
 };
 
+use lockstep_sim::World;
+
 use crate::{answered, cut_off, in_flight_on, range, run_dry, warm, written_behind_a_resync};
 
 #[test]
@@ -120,6 +122,37 @@ fn rule_28_where_a_leg_refuses_what_was_resynced_already_it_is_resynced_again() 
         world.settle();
         assert!(world.healthy());
         world.assert_identical();
+    }
+}
+
+#[test]
+fn rule_28_what_one_leg_refused_is_answered_when_a_leg_that_fails_meanwhile_is_durably_out() {
+    // Either leg fails, before the answer is known or while what the other one took is taken back.
+    for (seed, way) in (0..20).flat_map(|seed| (0..8).map(move |way| (seed, way))) {
+        let (full, fails, mending) = (Slot::BOTH[way & 1], Slot::BOTH[way >> 1 & 1], way & 4 != 0);
+        let mut world = warm(seed);
+        world.write(range(0, 32));
+        world.settle();
+        world.write(range(20, 21));
+        let failing = loop {
+            match in_flight_on(&world, fails, |op| matches!(op, LegOp::Write { .. })) {
+                Some(io) => break io,
+                None => assert!(world.step(), "never issued"),
+            }
+        };
+        world.stuck = [failing].into();
+        run_dry(&mut world);
+        world.disks[full.index()].full = true;
+        let write = world.write(range(4, 12));
+        let taken_back = |world: &World| in_flight_on(world, full.other(), |op| matches!(op, LegOp::Write { fua: true, .. })).is_some();
+        while mending && !taken_back(&world) {
+            assert!(world.step(), "never taken back");
+        }
+        world.end(failing, Outcome::Failed(Errno::EIO));
+        answered(&mut world, &[write]);
+        assert!(world.notices.contains(&Notice::LegOut { slot: fails }), "seed {seed}: {full:?} is full, {fails:?} fails");
+        let whole = (4..12).all(|block| world.disks[fails.other().index()].read(block) != 2);
+        assert!(whole || world.answers[&write] == Err(Errno::ENOSPC), "seed {seed}: done, but not there");
     }
 }
 
