@@ -2,7 +2,7 @@
 //!
 //! One write of it is in flight at a time; what changes meanwhile goes with the next one.
 
-use crate::units::Slot;
+use crate::units::{Epoch, Slot};
 
 /// What is known of one page. `T`: what the write in flight brings.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -48,9 +48,10 @@ impl<T> Page<T> {
         self.waiting[slot.index()] = false;
     }
 
-    /// A leg that was empty, or away, holds none of it: what it is given is newer than anything that it may hold.
-    pub fn forget(&mut self, slot: Slot) {
-        self.sequence += 1000;
+    /// A leg that was empty, or away, holds none of it: what it is given is newer than anything that it may hold. It was given nothing in this
+    /// epoch; how far the sequence had come in an earlier one, nobody knows where the page went bad since.
+    pub fn forget(&mut self, slot: Slot, epoch: Epoch) {
+        self.sequence = (self.sequence + 1000).max(epoch.0 << 32);
         self.slot[slot.index()] = 0;
     }
 }
@@ -81,7 +82,12 @@ mod tests {
     #[test]
     fn a_leg_that_was_away_is_given_what_is_newer_than_anything_that_it_may_hold() {
         let mut page: Page<()> = Page { sequence: 7, slot: [1, 1], ..Page::default() };
-        page.forget(Slot::B);
+        page.forget(Slot::B, Epoch(0));
         assert_eq!((page.sequence, page.slot), (1007, [1, 0]));
+        // It went bad, and began anew.
+        let before = page.sequence;
+        page = Page::default();
+        page.forget(Slot::B, Epoch(3));
+        assert!(page.sequence > before + 1_000_000);
     }
 }

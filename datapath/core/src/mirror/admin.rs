@@ -49,8 +49,9 @@ impl Mirror {
         (leg.repairs, leg.superblock_slot) = (0, newest);
         // Newer than anything that an absent leg may have been given.
         self.sequence += 1000;
-        self.bitmap.pages.iter_mut().for_each(|page| page.forget(slot));
-        self.bad_blocks.page.forget(slot);
+        let epoch = self.record.name.epoch;
+        self.bitmap.pages.iter_mut().for_each(|page| page.forget(slot, epoch));
+        self.bad_blocks.page.forget(slot, epoch);
         self.attach = Some((tag, slot, fill));
         self.draining = true;
     }

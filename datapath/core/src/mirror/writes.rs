@@ -98,8 +98,13 @@ impl Mirror {
         if let Some(slow) = self.may_answer_behind(write) {
             return self.answer_behind(id, slow, out);
         }
-        let verdict = self.verdict(write.reports);
         let range = write.range;
+        let leaving = self.legs.iter().any(|leg| leg.state == State::Leaving);
+        let verdict = match self.verdict(write.reports) {
+            // The durable record still counts the leg that failed, and after a kill it could be what is read (mirror rule 21).
+            Verdict::NoSpace | Verdict::AllFailed if leaving => Verdict::Wait,
+            verdict => verdict,
+        };
         match verdict {
             Verdict::Wait => {}
             Verdict::Done if self.bad_blocks.overlaps(range) => self.start_unlisting(id, out),
@@ -144,8 +149,8 @@ impl Mirror {
         }
     }
 
-    /// What the reports of the counted legs add up to. A leg that is durably OUT has no say; where the legs are not equal, one that is leaving is
-    /// waited for until it is out: the durable record still counts it (mirror rule 8), and after a kill it could be what is read (rule 21).
+    /// What the reports of the counted legs add up to. A leg that is durably OUT has no say; one that is leaving is waited for
+    /// until it is out, because the durable record still counts it (mirror rule 8).
     pub(super) fn verdict(&self, reports: [Report; 2]) -> Verdict {
         let counted = || Slot::BOTH.into_iter().filter(|slot| self.legs[slot.index()].counted()).map(|slot| (slot, reports[slot.index()]));
         if counted().any(|(_, report)| report == Report::Pending) {
@@ -161,13 +166,13 @@ impl Mirror {
                 return Verdict::Lost(slot, errno);
             }
         }
-        if done && counted().all(|(_, report)| report == Report::Done) {
-            return Verdict::Done;
+        if no_space {
+            return Verdict::NoSpace;
         }
-        if done && !no_space || counted().any(|(slot, _)| self.legs[slot.index()].state == State::Leaving) {
-            return Verdict::Wait;
+        if !done {
+            return Verdict::AllFailed;
         }
-        if no_space { Verdict::NoSpace } else { Verdict::AllFailed }
+        if counted().all(|(_, report)| report == Report::Done) { Verdict::Done } else { Verdict::Wait }
     }
 
     /// Whether a leg that still counts has to report.

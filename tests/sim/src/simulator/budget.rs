@@ -211,10 +211,9 @@ impl Machine {
             (Some((slot, Fill::DirtyRegions)), Some(leg)) => (slot, leg, Fill::DirtyRegions),
             // Nothing that is there may be trusted: an empty leg of a new name.
             (_, leg) => {
-                let counted = |leg| record.members.iter().any(|member| member.leg == leg && member.state == MemberState::In);
+                let member = leg.and_then(|leg| record.members.iter().find(|member| member.leg == leg));
                 // A member whose place is not free yet has no answer, which is not "never".
-                let member = |leg| self.status.legs.iter().any(|status| status.id == leg);
-                if leg.is_some_and(|leg| counted(leg) || known.is_none() && member(leg)) {
+                if member.is_some_and(|member| member.state == MemberState::In || known.is_none()) {
                     return;
                 }
                 let id = self.new_leg_id();

@@ -60,6 +60,42 @@ fn rule_19_a_bitmap_page_that_is_valid_on_no_leg_is_all_dirty() {
 }
 
 #[test]
+fn rule_20_a_bitmap_that_began_anew_is_newer_than_what_a_leg_that_was_away_holds() {
+    let damage = |world: &mut World| world.disks[1].meta[65536..73728].fill(0x5a);
+    let lose_a = |world: &mut World| {
+        world.disks[0].dead = true;
+        world.write(range(0, 8));
+        world.settle();
+    };
+    for steps in 0..120 {
+        let mut world = warm(18);
+        // Each time that A comes back what it is given is newer.
+        for _ in 0..3 {
+            lose_a(&mut world);
+            world.bring_back(Slot::A);
+            world.settle();
+        }
+        lose_a(&mut world);
+        damage(&mut world);
+        world.crash([false, true]).expect("B is IN");
+        run_dry(&mut world);
+        world.bring_back(Slot::A);
+        for step in 0..steps {
+            if step % 4 == 0 {
+                world.write(range(0, 1));
+            }
+            world.step();
+        }
+        damage(&mut world);
+        world.crash([true, true]).expect("B is IN");
+        world.settle();
+        if world.healthy() {
+            world.assert_identical();
+        }
+    }
+}
+
+#[test]
 fn case_26_a_rebuild_target_that_fails_is_not_noticed_above() {
     for seed in 0..50 {
         let mut world = warm(seed);
