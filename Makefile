@@ -61,10 +61,10 @@ cluster-down: ## End that cluster
 demo: ## The whole of it on this machine, in two minutes: provision, load, a failed disk, a rebuild, a kill (needs root)
 	tests/csi/demo
 
-bench: ## Lockstep against qemu's mirror and a plain loop device, on disks in memory (TMPDIR=... for others; needs root)
-	command -v qemu-storage-daemon >/dev/null || apt-get install -y -qq qemu-system-common qemu-utils fio xfsprogs >/dev/null
-	cargo build --quiet --release --locked -p lockstep-native
-	TMPDIR=$${TMPDIR:-/dev/shm} $(CARGO_TARGET_DIR)/release/bench
+bench: ## Lockstep against qemu's mirror and a plain loop device, on disks in memory (TMPDIR=... for others; BENCH="5 1 NAME": rounds, seconds, some; needs root)
+	tests/packages qemu-storage-daemon:qemu-system-common fio:fio mkfs.xfs:xfsprogs losetup:mount setpriv:util-linux cc:build-essential
+	cargo build --quiet --release --locked -p lockstep-native -p lockstep-fuse-holder
+	TMPDIR=$${TMPDIR:-/dev/shm} $(CARGO_TARGET_DIR)/release/bench $(BENCH)
 
 soak: ## The long figures, and a table of them (PARTS="shell=5 hung": some, for other minutes; needs root)
 	tests/soak $(PARTS)

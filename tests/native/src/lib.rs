@@ -225,9 +225,10 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts `program`, the `serve` binary, for these volumes, and waits for their devices.
-    pub fn start(program: &str, volumes: &[VolumeSpec]) -> Self {
+    /// Starts `program`, the `serve` binary, for these volumes, and waits for their devices. With the socket of a FUSE holder, that has them too.
+    pub fn start(program: &str, holder: Option<&Path>, volumes: &[VolumeSpec]) -> Self {
         let mut command = Command::new(program);
+        command.arg(holder.unwrap_or(Path::new("")));
         for spec in volumes {
             command.arg(spec.volume.to_string()).arg(&spec.witness).arg(&spec.run_dir).arg(spec.legs.len().to_string());
             command.args(spec.legs.iter().map(|leg| &leg.dir));

@@ -139,7 +139,7 @@ fn killed_under_load_again_and_again_the_copies_are_equal_after_the_next_assembl
     let rig = Rig::new(2, 600);
     let spec = rig.new_volume(6, MIB);
     for round in 1..=5 {
-        let server = Server::start(env!("CARGO_BIN_EXE_serve"), std::slice::from_ref(&spec));
+        let server = Server::start(env!("CARGO_BIN_EXE_serve"), None, std::slice::from_ref(&spec));
         let before = writes(&server.devices[0]);
         let mut load = fio(&server.devices[0], 20);
         while writes(&server.devices[0]) < before + 500 {

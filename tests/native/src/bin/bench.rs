@@ -1,5 +1,5 @@
-//! `make bench`: the mirror against its peers on the same disks, in the same run, in turn. Ratios first; the figures of one machine mean
-//! little on another.
+//! `make bench`: the mirror against its peers, each on two disks of its own of the same kind, in the same run, in turn. Ratios first; the figures
+//! of one machine mean little on another.
 //!
 //! `bench [ROUNDS [SECONDS [NAME]]]`: of the workloads only those whose name has NAME in it.
 
@@ -44,10 +44,12 @@ enum Contender {
     Loop,
     Qemu,
     Lockstep,
+    /// With a FUSE holder, as csi-node runs: its volumes survive the end of the process.
+    Held,
 }
 
 impl Contender {
-    const ALL: [Self; 5] = [Self::File, Self::Both, Self::Loop, Self::Qemu, Self::Lockstep];
+    const ALL: [Self; 6] = [Self::File, Self::Both, Self::Loop, Self::Qemu, Self::Lockstep, Self::Held];
 
     const fn name(self) -> &'static str {
         match self {
@@ -56,6 +58,7 @@ impl Contender {
             Self::Loop => "loop on one leg",
             Self::Qemu => "qemu quorum",
             Self::Lockstep => "Lockstep",
+            Self::Held => "Lockstep, held",
         }
     }
 }
@@ -65,11 +68,16 @@ enum Running {
     Plain,
     Loop(String),
     Qemu(Child, String, PathBuf),
-    Lockstep(Server),
+    Lockstep(Server, Option<Child>),
 }
 
 fn text(path: &Path) -> String {
     path.to_str().expect("the rig's paths are text").to_owned()
+}
+
+/// A program that was built with this one.
+fn beside(name: &str) -> PathBuf {
+    std::env::current_exe().expect("our own path").with_file_name(name)
 }
 
 fn loop_on(path: &Path) -> String {
@@ -107,11 +115,16 @@ fn start(contender: Contender, rig: &Rig, id: u8) -> (Running, Vec<String>) {
             let device = loop_on(&mount);
             (Running::Qemu(child, device.clone(), mount), vec![device])
         }
-        Contender::Lockstep => {
-            let program = std::env::current_exe().expect("our own path").with_file_name("serve");
-            let server = Server::start(&text(&program), &[spec]);
+        Contender::Lockstep | Contender::Held => {
+            let socket = (contender == Contender::Held).then(|| rig.dir().join("holder.sock"));
+            let holder = socket.as_ref().map(|socket| {
+                let holder =
+                    Command::new("setpriv").args(["--pdeathsig", "TERM"]).arg(beside("fuse-holder")).arg("--socket").arg(socket).spawn();
+                holder.expect("fuse-holder is built")
+            });
+            let server = Server::start(&text(&beside("serve")), socket.as_deref(), &[spec]);
             let device = text(&server.devices[0]);
-            (Running::Lockstep(server), vec![device])
+            (Running::Lockstep(server, holder), vec![device])
         }
     }
 }
@@ -126,7 +139,13 @@ fn stop(running: Running) {
             drop(child.wait_with_output());
             lockstep_native::succeeds("umount", &["-l", &text(&mount)]);
         }
-        Running::Lockstep(server) => server.stop(),
+        Running::Lockstep(server, holder) => {
+            server.stop();
+            if let Some(mut holder) = holder {
+                run("kill", &[&holder.id().to_string()]);
+                drop(holder.wait());
+            }
+        }
     }
 }
 
@@ -153,11 +172,11 @@ fn median(values: &[f64]) -> (f64, f64) {
 /// What fifty idle volumes cost, each, and what a busy one adds, in KiB.
 fn memory() -> (u64, u64) {
     const IDLE: u8 = 50;
-    let program = text(&std::env::current_exe().expect("our own path").with_file_name("serve"));
+    let program = text(&beside("serve"));
     let rig = Rig::new(2, 50 * 16 + 400);
     let specs: Vec<_> = (1..=IDLE).map(|id| rig.new_volume(id, 16)).collect();
     let pss = |specs: &[_]| {
-        let server = Server::start(&program, specs);
+        let server = Server::start(&program, None, specs);
         std::thread::sleep(Duration::from_secs(1));
         (server.pss(), server)
     };
@@ -232,6 +251,7 @@ fn table(workloads: &[Workload], results: &Results) -> Table {
         "Lockstep / qemu",
         "Lockstep / loop",
         "Lockstep / both",
+        "held / not",
         "Lockstep",
         "qemu quorum",
         "loop on one leg",
@@ -245,15 +265,16 @@ fn table(workloads: &[Workload], results: &Results) -> Table {
             let (median, spread) = of(&|round| round[contender as usize]);
             format!("{median:.0} ±{spread:.0}%")
         };
-        let ratio = |contender: Contender| {
-            let (median, spread) = of(&|round| round[Contender::Lockstep as usize] / round[contender as usize]);
+        let ratio = |of_which: Contender, to: Contender| {
+            let (median, spread) = of(&|round| round[of_which as usize] / round[to as usize]);
             format!("{median:.2} ±{spread:.0}%")
         };
         table.add_row([
             (*name).to_owned(),
-            ratio(Contender::Qemu),
-            ratio(Contender::Loop),
-            ratio(Contender::Both),
+            ratio(Contender::Lockstep, Contender::Qemu),
+            ratio(Contender::Lockstep, Contender::Loop),
+            ratio(Contender::Lockstep, Contender::Both),
+            ratio(Contender::Held, Contender::Lockstep),
             cell(Contender::Lockstep),
             cell(Contender::Qemu),
             cell(Contender::Loop),
