@@ -30,7 +30,7 @@ use lockstep_datapath::{
         units::{BLOCK_SIZE, Epoch, Errno, LegId, Slot},
     },
 };
-use lockstep_proto::objects::MirrorVolume;
+use lockstep_proto::objects::{LegStatus, MirrorVolume};
 use lockstep_store::Store;
 use tokio::{
     sync::{broadcast::error::TryRecvError, watch},
@@ -55,6 +55,12 @@ const LOOK_AGAIN: Duration = Duration::from_secs(10);
 const REPORT: Duration = Duration::from_secs(5);
 /// How long the kernel may take to let go of a device.
 const LET_GO: Duration = Duration::from_secs(10);
+
+/// Which disk each leg is on.
+fn places(legs: &[LegStatus]) -> impl Iterator<Item = (LegId, String)> {
+    let known = legs.iter().filter(|leg| !leg.disk.is_empty());
+    known.filter_map(|leg| Some((LegId(legs::parse_id(&leg.leg_id)?), leg.disk.clone())))
+}
 
 /// An open mirror.
 #[derive(Debug)]
@@ -96,6 +102,14 @@ impl OpenVolume {
 
     fn disk_of(&self, leg: LegId) -> Option<String> {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner).get(&leg).cloned()
+    }
+
+    /// What the object says of the places of legs, where nobody has seen them since this process began.
+    fn learn(&self, legs: &[LegStatus]) {
+        let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        for (leg, disk) in places(legs) {
+            disks.entry(leg).or_insert(disk);
+        }
     }
 
     fn place(&self, leg: LegId, disk: &str) {
@@ -168,9 +182,7 @@ impl<S: Store> Node<S> {
 
     /// A mirror that is open from now on, with who looks after it.
     pub(super) fn opened(self: &Arc<Self>, object: &MirrorVolume, uid: String, volume: Volume, found: Vec<LegDir>) -> Arc<OpenVolume> {
-        let on_disk = object.status.iter().flat_map(|status| &status.legs);
-        let mut disks: BTreeMap<LegId, String> =
-            on_disk.filter_map(|leg| Some((LegId(legs::parse_id(&leg.leg_id)?), leg.disk.clone()))).collect();
+        let mut disks: BTreeMap<LegId, String> = object.status.iter().flat_map(|status| places(&status.legs)).collect();
         disks.extend(found.into_iter().map(|leg| (leg.leg, leg.disk)));
         let open = Arc::new(OpenVolume {
             id: names(object).0,

@@ -154,18 +154,16 @@ fn set_scrubbed(object: &mut MirrorVolumeStatus, open: &OpenVolume, status: &Sta
 }
 
 impl<S: Store> Node<S> {
-    fn leg_statuses(&self, open: &OpenVolume, status: &Status, before: &[LegStatus]) -> Vec<LegStatus> {
+    fn leg_statuses(&self, open: &OpenVolume, status: &Status) -> Vec<LegStatus> {
         let leg = |leg: &status::LegStatus| {
-            let id = leg.id.to_string();
-            let known = before.iter().find(|before| before.leg_id == id);
             let state = match leg.state {
                 LegState::In => objects::LegState::In,
                 LegState::Out => objects::LegState::Out,
                 LegState::Recovering => objects::LegState::Recovering,
             };
             LegStatus {
-                disk: open.disk_of(leg.id).or_else(|| known.map(|known| known.disk.clone())).unwrap_or_default(),
-                leg_id: id,
+                disk: open.disk_of(leg.id).unwrap_or_default(),
+                leg_id: leg.id.to_string(),
                 state,
                 progress_percent: if leg.state == LegState::Recovering { percent(status) } else { None },
                 last_error: if leg.state == LegState::In { None } else { open.error_of(leg.id) },
@@ -177,7 +175,7 @@ impl<S: Store> Node<S> {
     /// Which copy is lost, since when is the condition's time, and what happens next.
     fn lost(&self, open: &OpenVolume, status: &Status) -> String {
         let name = |leg: LegId| {
-            let disk = open.disk_of(leg).unwrap_or_default();
+            let Some(disk) = open.disk_of(leg) else { return "a disk that is not there".into() };
             self.disks.get(&disk).map_or(disk, |disk| disk.label)
         };
         let lost = status.legs.iter().find(|leg| leg.state != LegState::In);
@@ -202,8 +200,9 @@ impl<S: Store> Node<S> {
         if !status.ready {
             return Ok(None);
         }
-        let (health, lost) = (health(status), self.lost(open, status));
+        let health = health(status);
         if before.replace(health) != Some(health) {
+            let lost = self.lost(open, status);
             match health {
                 Health::Healthy => info!(reason = "MirrorHealthy", "both copies are current"),
                 Health::Resyncing => info!(reason = "ResyncStarted", regions = status.dirty_regions, "the copies are being made equal"),
@@ -222,15 +221,16 @@ impl<S: Store> Node<S> {
             *said.lock().unwrap_or_else(PoisonError::into_inner) = Some(readiness(&object.conditions));
             object.epoch = status.epoch.0;
             object.device = Some(device.clone());
-            object.legs = self.leg_statuses(open, status, &object.legs);
-            set_conditions(&mut object.conditions, health, status, &lost);
+            open.learn(&object.legs);
+            object.legs = self.leg_statuses(open, status);
+            set_conditions(&mut object.conditions, health, status, &self.lost(open, status));
             set_scrubbed(object, open, status);
         });
         let object = object.await?;
         open.set_latest(&object);
         // In the object it was so before: what changes is told once, however often this process begins anew.
         if let Some(before) = said.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            self.tell_of_volume(&object, self.news(open, status, &before, health, &lost));
+            self.tell_of_volume(&object, self.news(open, status, &before, health, &self.lost(open, status)));
         }
         Ok(Some(object))
     }
@@ -247,12 +247,13 @@ impl<S: Store> Node<S> {
     /// After a clean stop.
     pub(super) async fn report_closed(&self, open: &OpenVolume) {
         let status = *open.volume.status().borrow();
-        let (health, lost) = (health(&status), self.lost(open, &status));
+        let health = health(&status);
         let written = self.patch_status(&open.id, &open.uid, |object| {
             object.epoch = status.epoch.0;
             object.device = None;
-            object.legs = self.leg_statuses(open, &status, &object.legs);
-            set_conditions(&mut object.conditions, health, &status, &lost);
+            open.learn(&object.legs);
+            object.legs = self.leg_statuses(open, &status);
+            set_conditions(&mut object.conditions, health, &status, &self.lost(open, &status));
             set_scrubbed(object, open, &status);
         });
         if let Err(error) = written.await {

@@ -1,17 +1,19 @@
 //! A csi-node with many volumes ends under load, and its successor serves them all. With LOCKSTEP_SOAK in the environment (`make soak`) more often.
 
 use std::{
-    path::PathBuf,
+    fs,
+    path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
 
 use lockstep_csi_tests::{
-    driver::Driver,
-    lab::Lab,
+    driver::{Driver, until},
+    lab::{Lab, text},
     load::{self, Direct},
     memory::kib,
 };
+use lockstep_native::run;
 
 const MIB: u64 = 1 << 20;
 const VOLUMES: usize = 50;
@@ -82,5 +84,49 @@ async fn fifty_volumes_under_load_are_all_served_on_by_the_next_csi_node() {
         place.down(&driver.client).await.unwrap();
         driver.assert_copies_identical(&place.id).await;
     }
+    driver.stop();
+}
+
+/// All objects; the directory itself is known by its lock, which stays.
+fn move_all(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap().flatten().filter(|entry| entry.file_name() != ".lock") {
+        fs::rename(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
+/// csi-node begins anew with its staged records and its disks alone; what it could not tell anybody meanwhile it tells later, by name.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_csi_node_without_objects_and_without_a_disk_serves_on_and_says_later_which_disk_it_lacks() {
+    let mut lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    driver.use_holder().await;
+    let place = driver.place("alone", 256 * MIB, None).await;
+    place.up(&driver.client).await.unwrap();
+    let ready = async |driver: &Driver, reason: &str| {
+        let status = driver.volume(&place.id).await.status?;
+        status.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.reason == reason).then_some(status)
+    };
+    let lost = until("both copies", || ready(&driver, "Healthy")).await.legs[1].disk.clone();
+    let number = (0..lab.disks()).find(|number| lab.mount_of(*number).is_some_and(|mount| mount.ends_with(&lost))).expect("it is mounted");
+    let mut load = load::on_device(&place.target, 15);
+    std::thread::sleep(Duration::from_secs(2));
+    driver.kill_node();
+    let objects = driver.node_log().with_file_name("objects");
+    let (away, new) = (objects.with_extension("away"), objects.with_extension("new"));
+    move_all(&objects, &away);
+    run("umount", &[text(&lab.mount_of(number).unwrap())]);
+    lab.pull_disk(number);
+    driver.start_node().await;
+    Direct::open(&place.target).unwrap().write(60000 * 4096).unwrap();
+    assert!(load.runs(), "the load was over before csi-node was back");
+    assert!(load.succeeded(), "the load saw an error, or read what it did not write");
+    move_all(&objects, &new);
+    move_all(&away, &objects);
+    let degraded = until("told", || ready(&driver, "Degraded")).await;
+    let told = degraded.conditions.iter().find(|condition| condition.type_ == "Degraded").map(|condition| condition.message.clone());
+    assert!(told.as_ref().is_some_and(|told| told.contains(&format!("the copy on {lost} is lost"))), "{told:?}");
+    assert_eq!(degraded.legs[1].disk, lost);
+    place.down(&driver.client).await.unwrap();
     driver.stop();
 }
