@@ -368,7 +368,9 @@ impl Machine {
         }
         self.witnessed |= status.ready;
         self.copies_may_wait |= status.sync != Sync::Idle || status.scrub.state == ScrubState::Running;
-        if status.ready && !status.read_only && (!both(&status) || status.sync == Sync::Idle) {
+        // What is being stopped does not begin a resync.
+        let equal = status.sync == Sync::Idle && !self.stopping;
+        if status.ready && !status.read_only && (!both(&status) || equal) {
             self.may_differ = false;
             self.was_behind.clear();
         }
