@@ -22,12 +22,15 @@ pub fn kib(process: u32, file: &str, name: &str) -> u64 {
 pub struct MemoryGroup(PathBuf);
 
 impl MemoryGroup {
-    /// `None`: this machine has no such thing.
+    /// `None`: this machine has no such thing, and what needs it is skipped, which is said and counted.
     pub fn new(name: &str) -> Option<Self> {
         let own = fs::read_to_string("/proc/self/cgroup").expect("/proc");
-        let own = own.lines().find_map(|line| line.split_once(":memory:"))?.1.to_owned();
+        let Some((_, own)) = own.lines().find_map(|line| line.split_once(":memory:")) else {
+            crate::skipped(name, "no memory controller of cgroup v1");
+            return None;
+        };
         let dir = Path::new("/sys/fs/cgroup/memory").join(own.trim_start_matches('/')).join(format!("{name}.{}", std::process::id()));
-        fs::create_dir(&dir).ok()?;
+        fs::create_dir(&dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
         Some(Self(dir))
     }
 

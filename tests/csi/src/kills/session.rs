@@ -76,7 +76,6 @@ pub async fn run(mut plan: Plan) -> Report {
     driver.terminate_node();
     let memory = MemoryGroup::new("lockstep-kills");
     if memory.is_none() {
-        println!("no memory controller of cgroup v1: nobody is killed for want of memory");
         plan.kinds.retain(|kind| *kind != Kind::OutOfMemory);
     }
     let report = Report { start: time_to_start(&plan.builds[0]), phases: plan.phases.clone(), ..Report::default() };

@@ -99,18 +99,14 @@ impl Drop for Pod {
 const PRIVILEGED: [&str; 8] =
     ["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_CHOWN", "CAP_KILL", "CAP_SYS_PTRACE", "CAP_IPC_LOCK"];
 
-/// A lab whose directory the containers share with the host, and the holder in a container of its own. None, if there is no runc.
-async fn rig(lab: &Lab) -> Option<(Driver, Pod)> {
-    if !succeeds("runc", &["--version"]) {
-        println!("SKIPPED: no runc");
-        return None;
-    }
+/// A lab whose directory the containers share with the host, and the holder in a container of its own.
+async fn rig(lab: &Lab) -> (Driver, Pod) {
     shared(&lab.path(""));
     let mut driver = Driver::start(lab).await;
     let holder = Pod::start(lab, "holder", &[], "rprivate");
     driver.start_holder_by(&holder.starter());
     driver.terminate_node();
-    Some((driver, holder))
+    (driver, holder)
 }
 
 async fn start_node(driver: &mut Driver, lab: &Lab, number: u32) -> Pod {
@@ -135,7 +131,7 @@ fn end(driver: &mut Driver, pod: Pod) -> Duration {
 #[tokio::test(flavor = "multi_thread")]
 async fn csi_nodes_container_is_replaced_under_load_and_nobody_notices() {
     let lab = Lab::new(2, 1200);
-    let Some((mut driver, holder)) = rig(&lab).await else { return };
+    let (mut driver, holder) = rig(&lab).await;
     let mut pod = start_node(&mut driver, &lab, 0).await;
     let files = driver.place("files", 203 * MIB, Some("xfs")).await;
     let block = driver.place("block", 256 * MIB, None).await;
@@ -179,7 +175,7 @@ fn unmounts(path: &Path) -> bool {
 async fn csi_nodes_container_ends_while_it_unmounts_and_the_next_one_finishes_it() {
     let mut lab = Lab::new(0, 0);
     let disks = Unmounting::disks(&mut lab);
-    let Some((mut driver, holder)) = rig(&lab).await else { return };
+    let (mut driver, holder) = rig(&lab).await;
     let mut pod = start_node(&mut driver, &lab, 0).await;
     let mut unmount = Unmounting::begin(&driver, disks).await;
     let took = end(&mut driver, pod);
