@@ -222,6 +222,7 @@ fn wanted(volume: &MirrorVolume, path: &Path, access: &Access) -> Result<Staged,
     }
     access.fits(volume)?;
     Ok(Staged {
+        version: staged::Version,
         volume: id,
         uid,
         staging_path: path.to_owned(),

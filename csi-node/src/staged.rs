@@ -7,10 +7,36 @@ use serde::{Deserialize, Serialize};
 
 use crate::state_dir::{self, StateDir, StateError};
 
+/// The version of the record's format that this csi-node writes.
+const VERSION: u32 = 1;
+
+/// That version. A record of another one is refused before anything of the volume is touched.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u32", into = "u32")]
+pub struct Version;
+
+impl TryFrom<u32> for Version {
+    type Error = String;
+
+    fn try_from(version: u32) -> Result<Self, String> {
+        let other = || format!("its version is {version}, and this csi-node knows {VERSION}: start the csi-node that wrote it");
+        (version == VERSION).then_some(Self).ok_or_else(other)
+    }
+}
+
+impl From<Version> for u32 {
+    fn from(_: Version) -> Self {
+        VERSION
+    }
+}
+
 /// Written, durably, before NodeStageVolume does anything.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Staged {
+    /// Of what follows.
+    #[serde(default)]
+    pub version: Version,
     /// The volume's id.
     pub volume: String,
     /// The UID of its object.
@@ -94,6 +120,9 @@ mod tests {
         let text = "volume: v\nuid: u\nstagingPath: /s\nvolumeMode: Block\n";
         fs::write(state.staged("u"), text).unwrap();
         assert_eq!(of(&state, "w").unwrap(), None);
+        assert!(fs::write(state.staged("later"), format!("version: 2\n{text}")).is_ok());
+        assert!(of(&state, "w").unwrap_err().to_string().contains("its version is 2"));
+        fs::remove_file(state.staged("later")).unwrap();
         fs::write(state.staged("damaged"), "{").unwrap();
         assert_eq!(of(&state, "v").unwrap().unwrap().uid, "u");
         assert!(of(&state, "w").unwrap_err().to_string().contains("damaged.yaml"));
