@@ -29,7 +29,8 @@
 //! 104 epoch u64   112 record id[16]   128 pin u8, zero[7]
 //! 136 member A: leg[16] state u8 zero[7] seen epoch u64 seen id[16]     184 member B
 //! ```
-//! A bitmap page: `0 crc u32, 4 zero u32, 8 sequence u64, 16 volume[16]`, then one bit a region, lowest bit first.
+//! A bitmap page: `0 crc u32, 4 zero u32, 8 sequence u64, 16 volume[16]`, then one bit a region, lowest bit first. When a leg is attached the
+//! sequence goes on from `epoch << 32` at least, so that it passes what that leg holds even where the page had gone bad and began anew.
 //!
 //! The bad-block list (mirror rule 22): `0 crc u32, 4 count u32, 8 sequence u64, 16 volume[16]`, then `count` runs of
 //! `start block u64, blocks u64`, at most 254, then zeroes. Runs are not empty, rise, do not touch, and end within the volume; what does not

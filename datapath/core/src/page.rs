@@ -49,7 +49,8 @@ impl<T> Page<T> {
     }
 
     /// A leg that was empty, or away, holds none of it: what it is given is newer than anything that it may hold. It was given nothing in this
-    /// epoch; how far the sequence had come in an earlier one, nobody knows where the page went bad since.
+    /// epoch; how far the sequence had come in an earlier one, nobody knows where the page went bad since. (2^32 writes of one page in one epoch
+    /// are more than days of nothing else.)
     pub fn forget(&mut self, slot: Slot, epoch: Epoch) {
         self.sequence = (self.sequence + 1000).max(epoch.0 << 32);
         self.slot[slot.index()] = 0;

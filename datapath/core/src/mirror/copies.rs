@@ -319,7 +319,7 @@ impl Mirror {
         let Some(write) = self.writes.get_mut(&id) else { return };
         write.stage = super::writes::Stage::Issued;
         if !ok && !both_in {
-            // Neither leg has the whole of it any more, and one is on its way OUT.
+            // Neither leg has the whole of it any more, and one is OUT, or on its way.
             write.reports = [Report::NoSpace; 2];
             return self.judge_write(id, out);
         }

@@ -138,8 +138,8 @@ impl Mirror {
             }
             Verdict::Lost(slot, errno) => {
                 self.fail_leg(slot, errno, out);
-                // If it was the last leg after all, there is nobody to wait for.
-                if self.legs[slot.index()].state != State::Leaving {
+                // If it was the last leg after all, there is nobody to wait for but the one before it.
+                if self.legs[slot.index()].state != State::Leaving && !leaving {
                     self.finish_write(id, Err(Errno::EIO), out);
                 }
             }
