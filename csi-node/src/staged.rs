@@ -78,11 +78,24 @@ impl Staged {
     }
 }
 
+/// A record that cannot be read.
+#[derive(Debug)]
+pub struct Unreadable {
+    /// Its volume's id, if it says so much: each version of the record does.
+    pub volume: Option<String>,
+    /// Why.
+    pub error: StateError,
+}
+
 /// All records, and those that cannot be read.
 ///
 /// # Errors
 /// `StateError::Io` if their directory cannot be read.
-pub fn all(state: &StateDir) -> Result<(Vec<Staged>, Vec<StateError>), StateError> {
+pub fn all(state: &StateDir) -> Result<(Vec<Staged>, Vec<Unreadable>), StateError> {
+    #[derive(Deserialize)]
+    struct Whose {
+        volume: String,
+    }
     let dir = state.staged_dir();
     let entries = fs::read_dir(&dir).map_err(|source| StateError::Io { path: dir, source })?.flatten();
     let records = entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|extension| extension == "yaml"));
@@ -91,7 +104,10 @@ pub fn all(state: &StateDir) -> Result<(Vec<Staged>, Vec<StateError>), StateErro
     for path in records.filter(|path| !hidden(path)) {
         match state_dir::read_record(&path) {
             Ok(record) => readable.extend::<Option<Staged>>(record),
-            Err(error) => unreadable.push(error),
+            Err(error) => {
+                let volume = state_dir::read_record::<Whose>(&path).ok().flatten().map(|whose| whose.volume);
+                unreadable.push(Unreadable { volume, error });
+            }
         }
     }
     Ok((readable, unreadable))
@@ -100,11 +116,14 @@ pub fn all(state: &StateDir) -> Result<(Vec<Staged>, Vec<StateError>), StateErro
 /// The record of a volume, by its id.
 ///
 /// # Errors
-/// `StateError::Unreadable` if its record may be the one that cannot be read.
+/// `StateError::Unreadable` if its record is, or may be, one that cannot be read.
 pub fn of(state: &StateDir, volume: &str) -> Result<Option<Staged>, StateError> {
     let (records, unreadable) = all(state)?;
     match records.into_iter().find(|staged| staged.volume == volume) {
-        None => unreadable.into_iter().next().map_or(Ok(None), Err),
+        None => {
+            let mut its = unreadable.into_iter().filter(|record| record.volume.as_ref().is_none_or(|other| other == volume));
+            its.next().map_or(Ok(None), |record| Err(record.error))
+        }
         found => Ok(found),
     }
 }
@@ -120,9 +139,9 @@ mod tests {
         let text = "volume: v\nuid: u\nstagingPath: /s\nvolumeMode: Block\n";
         fs::write(state.staged("u"), text).unwrap();
         assert_eq!(of(&state, "w").unwrap(), None);
-        assert!(fs::write(state.staged("later"), format!("version: 2\n{text}")).is_ok());
-        assert!(of(&state, "w").unwrap_err().to_string().contains("its version is 2"));
-        fs::remove_file(state.staged("later")).unwrap();
+        fs::write(state.staged("later"), "version: 2\nvolume: x\nother: fields\n").unwrap();
+        assert_eq!((of(&state, "v").unwrap().unwrap().uid.as_str(), of(&state, "w").unwrap()), ("u", None));
+        assert!(of(&state, "x").unwrap_err().to_string().contains("its version is 2"));
         fs::write(state.staged("damaged"), "{").unwrap();
         assert_eq!(of(&state, "v").unwrap().unwrap().uid, "u");
         assert!(of(&state, "w").unwrap_err().to_string().contains("damaged.yaml"));

@@ -51,8 +51,8 @@ impl<S: Store> Node<S> {
             .into_iter()
             .collect();
         let all_known = unreadable.is_empty();
-        for error in unreadable {
-            warn!(%error, "a staged volume cannot be told");
+        for staged::Unreadable { volume, error } in unreadable {
+            warn!(volume, %error, "a staged volume is not taken up: its users wait");
         }
         let mut staged_ids = BTreeSet::new();
         let mut suspects = Vec::new();

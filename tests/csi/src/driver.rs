@@ -210,6 +210,12 @@ impl<S: Store> Driver<S> {
         until("a controller that is ready", || async { client.controller_ready().await.then_some(()) }).await;
     }
 
+    /// SIGKILL for csi-controller, and its end.
+    pub fn kill_controller(&mut self) {
+        let mut controller = self.controller.take().expect("csi-controller runs");
+        controller.kill().and_then(|()| controller.wait()).expect("it is alive");
+    }
+
     /// csi-node's process.
     pub fn node_id(&self) -> u32 {
         self.node.as_ref().expect("csi-node runs").id()

@@ -25,11 +25,14 @@ impl MemoryGroup {
     /// `None`: this machine has no such thing, and what needs it is skipped, which is said and counted.
     pub fn new(name: &str) -> Option<Self> {
         let own = fs::read_to_string("/proc/self/cgroup").expect("/proc");
-        let Some((_, own)) = own.lines().find_map(|line| line.split_once(":memory:")) else {
-            crate::skipped(name, "no memory controller of cgroup v1");
+        let root = Path::new("/sys/fs/cgroup/memory");
+        let own = own.lines().find_map(|line| line.split_once(":memory:")).map(|(_, own)| root.join(own.trim_start_matches('/')));
+        // A container may see another path than it is in, or none.
+        let Some(own) = own.filter(|own| own.join("memory.limit_in_bytes").exists()) else {
+            crate::skipped(name, "no memory controller of cgroup v1 here");
             return None;
         };
-        let dir = Path::new("/sys/fs/cgroup/memory").join(own.trim_start_matches('/')).join(format!("{name}.{}", std::process::id()));
+        let dir = own.join(format!("{name}.{}", std::process::id()));
         fs::create_dir(&dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
         Some(Self(dir))
     }

@@ -109,7 +109,7 @@ async fn a_csi_node_without_objects_and_without_a_disk_serves_on_and_says_later_
     };
     let lost = until("both copies", || ready(&driver, "Healthy")).await.legs[1].disk.clone();
     let number = (0..lab.disks()).find(|number| lab.mount_of(*number).is_some_and(|mount| mount.ends_with(&lost))).expect("it is mounted");
-    let mut load = load::on_device(&place.target, 15);
+    let mut load = load::on_device(&place.target, 30);
     std::thread::sleep(Duration::from_secs(2));
     driver.kill_node();
     let objects = driver.node_log().with_file_name("objects");
