@@ -1,6 +1,7 @@
 //! The Kubernetes API that `tests/cluster/with-api` started, and what is put into it.
 
 pub mod chart;
+pub mod proxy;
 
 use std::{path::PathBuf, time::Duration};
 
