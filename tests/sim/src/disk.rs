@@ -2,9 +2,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use lockstep_core::{format, units::BlockRange};
+use lockstep_core::{
+    format,
+    units::{BlockRange, Errno},
+};
 
 use crate::world::VOLUME;
+
+/// What a host says that is short of something for a moment (mirror rule 6).
+pub(crate) const HOST_ERRNOS: [Errno; 5] = [Errno::EAGAIN, Errno::EINTR, Errno::ENOMEM, Errno::ECANCELED, Errno::EBUSY];
+/// What a file system says that is full, or where a quota is (mirror rule 28).
+pub(crate) const FULL_ERRNOS: [Errno; 2] = [Errno::ENOSPC, Errno::EDQUOT];
 
 /// What one disk holds for the volume.
 #[derive(Clone, Debug, Hash)]
@@ -72,5 +80,20 @@ impl Disk {
     pub fn dirty_regions(&self) -> BTreeSet<u64> {
         let bits = format::bitmap_page(&self.meta, VOLUME, 0).map_or_else(Vec::new, |page| page.bits);
         (0..bits.len() as u64 * 8).filter(|region| bits[*region as usize / 8] & (1 << (region % 8)) != 0).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lockstep_core::fault::{Fault, classify};
+
+    #[test]
+    fn a_simulated_host_and_a_full_disk_say_all_that_the_table_has_for_them_and_nothing_else() {
+        let numbers = |fault| (0..4096).map(Errno).filter(move |errno| classify(*errno) == fault);
+        for (said, fault) in [(&HOST_ERRNOS[..], Fault::Host), (&FULL_ERRNOS, Fault::NoSpace)] {
+            assert!(said.iter().all(|errno| classify(*errno) == fault), "{said:?}");
+            assert_eq!(said.len(), numbers(fault).count(), "{said:?}");
+        }
     }
 }

@@ -8,6 +8,7 @@ use lockstep_core::{
 
 use crate::{
     Rng, World,
+    disk::{FULL_ERRNOS, HOST_ERRNOS},
     memory::{Memory, skipped},
     world::{Data, Work},
 };
@@ -67,7 +68,7 @@ impl World {
                     failed => failed,
                 }
             }
-            _ => Outcome::Failed([Errno::EAGAIN, Errno::EINTR][self.rng.below(2) as usize]),
+            _ => Outcome::Failed(HOST_ERRNOS[self.rng.below(5) as usize]),
         }
     }
 
@@ -80,7 +81,7 @@ impl World {
         let disk = &mut self.disks[slot.index()];
         match op {
             LegOp::Read { range, .. } if disk.bad.range(range.start..range.end).next().is_some() => Outcome::Failed(Errno::EIO),
-            LegOp::Write { .. } | LegOp::Zero { .. } if disk.full => Outcome::Failed(Errno::ENOSPC),
+            LegOp::Write { .. } | LegOp::Zero { .. } if disk.full => Outcome::Failed(FULL_ERRNOS[slot.index()]),
             LegOp::WriteMeta { .. } if disk.meta_fails => Outcome::Failed(Errno::EIO),
             LegOp::Read { range, buffer } => {
                 let values: Vec<u64> = (range.start..range.end).map(|block| disk.read(block)).collect();

@@ -100,7 +100,7 @@ impl Kind {
 pub enum End {
     /// Well.
     Done,
-    /// EAGAIN, EINTR.
+    /// EAGAIN and its like.
     HostFault,
     /// A short count.
     Short,
@@ -108,7 +108,7 @@ pub enum End {
     Error,
     /// The disk is gone, or bad there.
     Gone,
-    /// ENOSPC.
+    /// ENOSPC, EDQUOT.
     NoSpace,
     /// A flush that did nothing.
     Lied,

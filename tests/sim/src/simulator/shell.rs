@@ -16,7 +16,10 @@ use super::{
     disk::{BITMAP_AT, LIST_AT},
     machine::{Asked, Machine, Memory, Op, Work},
 };
-use crate::oracles::{bounds, history::Covered, legs};
+use crate::{
+    disk::{FULL_ERRNOS, HOST_ERRNOS},
+    oracles::{bounds, history::Covered, legs},
+};
 
 /// Host faults in a row that no leg is blamed for: fewer than the mirror's reissues.
 const HOST_FAULTS: u8 = 7;
@@ -280,14 +283,16 @@ impl Machine {
         }
         if take(&mut trouble.host_faults) {
             trouble.suspect = true;
-            return (Outcome::Failed(Errno::EAGAIN), End::HostFault);
+            let errno = HOST_ERRNOS[usize::from(trouble.host_faults) % 5];
+            return (Outcome::Failed(errno), End::HostFault);
         }
         if range.is_some() && take(&mut trouble.no_space) {
             trouble.suspect = true;
+            let errno = FULL_ERRNOS[usize::from(trouble.no_space) % 2];
             self.excused = true;
             self.may_differ = true;
             self.do_a_part(disk, work);
-            return (Outcome::Failed(Errno::ENOSPC), End::NoSpace);
+            return (Outcome::Failed(errno), End::NoSpace);
         }
         let bad = |range: BlockRange, blocks: &BTreeSet<u64>| blocks.range(range.start..range.end).next().is_some();
         let gone = match op {
@@ -320,7 +325,7 @@ impl Machine {
             LegOp::Read { range, .. } | LegOp::Write { range, .. } if range.len() > 1 && self.rng.once_in(2) => {
                 (*range, BlockRange::new(range.start, range.start + self.rng.below(range.len())))
             }
-            _ => return (Outcome::Failed([Errno::EAGAIN, Errno::EINTR][self.rng.below(2) as usize]), End::HostFault),
+            _ => return (Outcome::Failed(HOST_ERRNOS[self.rng.below(5) as usize]), End::HostFault),
         };
         // Not even whole blocks.
         let bytes = part.byte_len() + 512 * self.rng.below(8);
