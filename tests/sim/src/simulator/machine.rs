@@ -380,6 +380,10 @@ impl Machine {
         if status.read_only && !before.read_only && !self.excused {
             self.breaks("availability", "the mirror gave up within the budget");
         }
+        // A growth that was answered with an error may have come about.
+        if status.blocks != self.blocks && !status.read_only {
+            self.breaks("reads are linearizable", format!("{} blocks are served, {} were published", status.blocks, self.blocks));
+        }
         let regions = status.blocks.div_ceil(REGION_BLOCKS) + 2;
         self.check("bounds", bounds::status(status.pending, self.asked.len() as u64, status.dirty_regions, regions));
         if status.behind > self.profile.behind.map_or(0, |(writes, _)| writes) {

@@ -492,3 +492,24 @@ fn rule_20_the_first_superblock_of_a_leg_that_returns_goes_to_its_older_slot() {
         assert_eq!(offset, 4096 * u64::from(1 - newest), "after {restarts} restarts, absent: {absent}");
     }
 }
+
+#[test]
+fn rule_31_no_size_is_published_before_both_legs_have_it_whichever_of_them_comes_back() {
+    let blocks = BLOCKS + 5000;
+    let mut world = warm(1);
+    let grow = world.command(Request::Grow { blocks });
+    let mut grown = 0;
+    world.in_every_order(&mut |world| {
+        let size = world.mirror.status().blocks;
+        let answered = world.answers.contains_key(&grow);
+        assert_eq!(size, if answered { blocks } else { BLOCKS });
+        grown += usize::from(answered);
+        for present in [[true, true], [true, false], [false, true]] {
+            let mut after = world.clone();
+            after.crash(present).expect("both are IN");
+            assert!(after.mirror.status().blocks >= size, "{present:?}: {}", world.trace());
+        }
+        assert!(answered || !world.movable().is_empty(), "it never grows");
+    });
+    assert!(grown > 0);
+}
