@@ -20,7 +20,7 @@ use std::ops::Range;
 
 use lockstep_core::{
     assembly::Refusal,
-    format::{self, MetaError, REGION_BLOCKS, bad_blocks_offset, bitmap_offset},
+    format::{self, MetaError, PAGE_REGIONS, REGION_BLOCKS, bad_blocks_offset, bitmap_offset},
     status::LegState::{self, In, Out},
     units::{BlockRange, Slot},
 };
@@ -83,8 +83,14 @@ fn volume(node: &mut Node, there: There) -> Volume {
 /// Flips one bit in each byte of all these pages at once, byte by byte, and says what must become of the volume.
 #[track_caller]
 fn flipped(node: &Node, there: There, pages: &[(File, u64)], expected: &Volume) {
+    flipped_at(0..4096, node, there, pages, expected);
+}
+
+/// The same, of these bytes.
+#[track_caller]
+fn flipped_at(bytes: impl IntoIterator<Item = usize>, node: &Node, there: There, pages: &[(File, u64)], expected: &Volume) {
     let mut node = node.clone();
-    for byte in 0..4096 {
+    for byte in bytes {
         let flip = |node: &mut Node| {
             for &(which, at) in pages {
                 file(node, which)[at as usize + byte] ^= 1 << (byte % 8);
@@ -149,6 +155,29 @@ fn a_flipped_bit_of_a_bitmap_page_hides_no_dirty_region() {
     flipped(&node, ALL, &[(A, second)], &Ok(([In, Out], REGIONS)));
     flipped(&node, ALL, &[(A, first), (A, second)], &Ok(([In, Out], REGIONS)));
     flipped(&node, ALL, &[(B, first), (B, second)], &Ok(([In, Out], 2)));
+}
+
+#[test]
+fn a_flipped_bit_of_a_second_bitmap_page_hides_no_dirty_region_and_costs_only_that_page() {
+    // The last region of the first page, and the first and the last one of the second, which has four.
+    let mut node = Node::sized((PAGE_REGIONS + 3) * REGION_BLOCKS + 5);
+    node.assemble(ALL).expect("a new volume");
+    node.run();
+    for region in [PAGE_REGIONS - 1, PAGE_REGIONS, PAGE_REGIONS + 3] {
+        node.write(region * REGION_BLOCKS + 4);
+        node.run();
+    }
+    assert_eq!(node.acked.len(), 3);
+    // The newest copy of either page is in slot 1. A volume of so many regions takes its time: the header, the bits, and some of the rest.
+    let bytes = || (0..40).chain((40..4096).step_by(97));
+    let (first, second) = (bitmap_offset(1, 0), bitmap_offset(1, 1));
+    flipped_at(bytes(), &node, ALL, &[(A, second)], &Ok(([In, In], 3)));
+    flipped_at(bytes(), &node, ALL, &[(A, first), (A, second)], &Ok(([In, In], 3)));
+    flipped_at(bytes(), &node, A_ALONE, &[(A, second)], &Ok(([In, Out], 1 + 4)));
+    flipped_at(bytes(), &node, ALL, &[(A, first), (A, second), (B, first), (B, second)], &Ok(([In, In], 1 + 4)));
+    let (first, second) = (bitmap_offset(0, 0), bitmap_offset(0, 1));
+    flipped_at(bytes(), &node, ALL, &[(A, first), (A, second)], &Ok(([In, In], 3)));
+    flipped_at(bytes(), &node, ALL, &[(A, first), (A, second), (B, first), (B, second)], &Ok(([In, In], PAGE_REGIONS + 2)));
 }
 
 /// The legs list block 7, and in the newer slot 9 and 10, too.

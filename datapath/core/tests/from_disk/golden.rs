@@ -1,12 +1,12 @@
 //! Images of version 1. Each file in `tests/golden` holds what its pages must say (`=`) and their rows of 16 bytes that are not all zero. They were
-//! written by the first version of this code, the `=` lines by another reader. They are never made anew: a file that must change is a
+//! written by the first version of this code (`two-pages` by a later one), the `=` lines by another reader. They are never made anew: a file that must change is a
 //! change of the format.
 
 use std::collections::BTreeMap;
 
 use lockstep_core::{
     assembly::{Assembly, Limits, Refusal, assemble},
-    format::{self, META_LEN, Superblock, WITNESS_LEN},
+    format::{self, META_LEN, PAGE_REGIONS, REGION_BLOCKS, Superblock, WITNESS_LEN, bitmap_offset, bitmap_pages},
     io::{Effect, Effects, LegOp},
     membership::RecordName,
     status::LegState::{self, In, Out, Recovering},
@@ -15,8 +15,9 @@ use lockstep_core::{
 
 const VOLUME: VolumeId = VolumeId([9; 16]);
 const BLOCKS: u64 = 65 * 4096 + 5;
+/// A volume that one bitmap page is too small for: 508 GiB, and four regions.
+const LARGE: u64 = (PAGE_REGIONS + 3) * REGION_BLOCKS + 5;
 const BAD_BLOCKS: [u64; 2] = [0x8000, 0x9000];
-const BITMAP: [u64; 2] = [0x10000, 0x11000];
 
 struct Image {
     /// By name: a, b, witness.
@@ -73,7 +74,7 @@ fn describe(Superblock { sequence, volume, leg, blocks, checkpoint, flags, compa
 type Read<'a> = &'a dyn Fn(&[u8]) -> Option<(Vec<String>, Vec<u8>)>;
 
 /// What a file says; every page that says something is written again, byte by byte.
-fn reads(name: &str, file: &[u8]) -> Vec<String> {
+fn reads(name: &str, file: &[u8], blocks: u64) -> Vec<String> {
     let mut said = Vec::new();
     let mut page = |at: u64, read: Read<'_>| {
         let bytes = &file[at as usize..at as usize + 4096];
@@ -95,20 +96,22 @@ fn reads(name: &str, file: &[u8]) -> Vec<String> {
     let superblock = |file: &[u8]| format::superblock(file).ok().map(|(sb, _)| (describe(sb), format::encode_superblock(&sb).to_vec()));
     [0, 4096].into_iter().for_each(|at| page(at, &superblock));
     let bad_blocks = |file: &[u8]| {
-        let list = format::bad_blocks(file, VOLUME, BLOCKS)?;
+        let list = format::bad_blocks(file, VOLUME, blocks)?;
         let runs: Vec<String> = list.runs.iter().map(|run: &BlockRange| format!("{run:?}")).collect();
         let again = format::encode_bad_blocks(VOLUME, list.sequence.max(1), &list.runs).to_vec();
         Some((vec![format!("sequence {} bad {}", list.sequence, runs.join(" "))], again))
     };
     BAD_BLOCKS.into_iter().for_each(|at| page(at, &bad_blocks));
-    let bitmap = |file: &[u8]| {
-        let found = format::bitmap_page(file, VOLUME, 0)?;
-        let dirty = (0..found.bits.len() * 8).filter(|region| found.bits[region / 8] >> (region % 8) & 1 == 1);
-        let dirty: Vec<String> = dirty.map(|region| region.to_string()).collect();
-        let line = format!("sequence {} dirty {}", found.sequence, dirty.join(" "));
-        Some((vec![line], format::encode_bitmap(VOLUME, found.sequence, &found.bits).to_vec()))
-    };
-    BITMAP.into_iter().for_each(|at| page(at, &bitmap));
+    for number in 0..bitmap_pages(blocks) {
+        let bitmap = |file: &[u8]| {
+            let found = format::bitmap_page(file, VOLUME, number)?;
+            let dirty = (0..found.bits.len() * 8).filter(|region| found.bits[region / 8] >> (region % 8) & 1 == 1);
+            let dirty: Vec<String> = dirty.map(|region| (number * PAGE_REGIONS + region as u64).to_string()).collect();
+            let line = format!("sequence {} dirty {}", found.sequence, dirty.join(" "));
+            Some((vec![line], format::encode_bitmap(VOLUME, found.sequence, &found.bits).to_vec()))
+        };
+        [0, 1].into_iter().for_each(|slot| page(bitmap_offset(number, slot), &bitmap));
+    }
     said
 }
 
@@ -117,8 +120,13 @@ type Volume = Result<([LegState; 2], u64, u64), Refusal>;
 
 /// Returns what is written next to any superblock.
 fn opens(text: &str, disks: &[&str], expected: &Volume) -> Vec<Superblock> {
+    opens_of(BLOCKS, text, disks, expected)
+}
+
+/// The same, of a volume of so many blocks.
+fn opens_of(blocks: u64, text: &str, disks: &[&str], expected: &Volume) -> Vec<Superblock> {
     let image = image(text);
-    let said: Vec<String> = image.files.iter().flat_map(|(name, file)| reads(name, file)).collect();
+    let said: Vec<String> = image.files.iter().flat_map(|(name, file)| reads(name, file, blocks)).collect();
     assert_eq!(said, image.says);
     let metas: Vec<&[u8]> = disks.iter().map(|disk| image.files[*disk].as_slice()).collect();
     let assembly = Assembly {
@@ -134,7 +142,7 @@ fn opens(text: &str, disks: &[&str], expected: &Volume) -> Vec<Superblock> {
     let mut out = Effects::new();
     let volume = assemble(&assembly, &mut out).map(|assembled| {
         let status = assembled.mirror.status();
-        assert_eq!(status.blocks, BLOCKS);
+        assert_eq!(status.blocks, blocks);
         (status.legs.map(|leg| leg.state), status.dirty_regions, status.epoch.0)
     });
     assert_eq!(&volume, expected, "{disks:?}");
@@ -205,6 +213,13 @@ fn a_volume_whose_newest_slot_is_torn_opens_by_the_other_slot_or_by_who_knows_mo
 #[test]
 fn a_volume_with_a_list_of_bad_blocks_opens() {
     opens(golden!("bad-blocks"), BOTH, &Ok(([In, Out], 3, 3)));
+}
+
+#[test]
+fn a_volume_of_two_bitmap_pages_that_was_killed_opens_with_the_dirty_regions_of_both() {
+    opens_of(LARGE, golden!("two-pages"), BOTH, &Ok(([In, In], 5, 2)));
+    opens_of(LARGE, golden!("two-pages"), &["a"], &Ok(([In, Out], 4, 2)));
+    opens_of(LARGE, golden!("two-pages"), &["b"], &Ok(([Out, In], 4, 2)));
 }
 
 #[test]

@@ -19,7 +19,11 @@ pub const BLOCKS: u64 = 3 * REGION_BLOCKS + 5;
 pub const VOLUME: VolumeId = VolumeId([9; 16]);
 pub const LEGS: [LegId; 2] = [LegId([1; 16]), LegId([2; 16])];
 /// Of a `meta`, what this volume uses.
-pub const META: usize = format::bitmap_offset(bitmap_pages(BLOCKS), 0) as usize;
+pub const META: usize = meta_len(BLOCKS);
+
+const fn meta_len(blocks: u64) -> usize {
+    format::bitmap_offset(bitmap_pages(blocks), 0) as usize
+}
 
 /// One copy: its metadata, and the token that was last written to a block.
 #[derive(Clone, Debug)]
@@ -41,6 +45,7 @@ pub struct There {
 
 #[derive(Clone, Debug)]
 pub struct Node {
+    pub blocks: u64,
     pub disks: [Disk; 2],
     pub witness: Vec<u8>,
     pub witness_fails: bool,
@@ -67,10 +72,16 @@ pub struct Node {
 impl Node {
     /// A new volume, not yet assembled.
     pub fn new() -> Self {
-        let disk = |leg| Disk { meta: format::new_leg(VOLUME, LEGS, leg, BLOCKS)[..META].to_vec(), data: BTreeMap::new(), dead: false };
+        Self::sized(BLOCKS)
+    }
+
+    /// A new volume of so many blocks, not yet assembled.
+    pub fn sized(blocks: u64) -> Self {
+        let meta = |leg| format::new_leg(VOLUME, LEGS, leg, blocks)[..meta_len(blocks)].to_vec();
         Self {
-            disks: LEGS.map(disk),
-            witness: format::new_witness(VOLUME, LEGS, BLOCKS),
+            blocks,
+            disks: LEGS.map(|leg| Disk { meta: meta(leg), data: BTreeMap::new(), dead: false }),
+            witness: format::new_witness(VOLUME, LEGS, blocks),
             witness_fails: false,
             mirror: None,
             acked: BTreeMap::new(),
@@ -161,7 +172,8 @@ impl Node {
         if fill == Fill::Everything {
             self.next += 1;
             leg = LegId(u128::from(self.next).to_be_bytes());
-            *disk = Disk { meta: format::spare_leg(VOLUME, leg, BLOCKS)[..META].to_vec(), data: BTreeMap::new(), dead: false };
+            let meta = format::spare_leg(VOLUME, leg, self.blocks)[..meta_len(self.blocks)].to_vec();
+            *disk = Disk { meta, data: BTreeMap::new(), dead: false };
         }
         let newest = format::peek(&disk.meta).map_or(0, |summary| summary.newest);
         self.submit(Request::Attach { slot, leg, fill, newest });
