@@ -72,7 +72,7 @@ pub struct World {
     pub disks: [Disk; 2],
     /// The witness file; empty: lost.
     pub witness: Vec<u8>,
-    /// One in so many leg I/Os ends with EAGAIN or EINTR, or does only a part of what it was asked; 0: none.
+    /// One in so many leg I/Os ends with a host fault, or does only a part of what it was asked; 0: none.
     pub flaky: u64,
     /// So many witness writes fail, from now on.
     pub witness_fails: u32,
@@ -361,6 +361,7 @@ impl World {
                 self.witness_fails -= 1;
                 Outcome::Failed(Errno::EIO)
             }
+            Work::Witness(..) if self.witness.is_empty() => Outcome::Failed(Errno::EIO),
             Work::Witness(offset, page) => {
                 self.witness[offset as usize..offset as usize + 4096].copy_from_slice(&page);
                 Outcome::Done(0)

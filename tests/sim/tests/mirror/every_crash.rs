@@ -8,7 +8,7 @@ use lockstep_core::{
     status::{LegState, Sync},
     units::{Errno, Slot},
 };
-use lockstep_sim::{Rng, VOLUME, World};
+use lockstep_sim::{Disk, Rng, VOLUME, World};
 
 use crate::{in_flight_on, miss_and_return, range, run_dry, warm};
 
@@ -155,6 +155,49 @@ fn case_23_a_resync_that_is_cut_off_again_and_again_goes_on_and_ends_equal() {
         world.assert_identical();
     }
     assert!(cut_off > 60, "{cut_off}");
+}
+
+#[test]
+fn case_45_in_every_order_a_write_to_a_region_whose_clear_is_in_flight_finds_it_dirty_after_a_power_cut() {
+    let mut world = flushed(1);
+    while world.mirror.status().dirty_regions > 0 {
+        assert!(world.step() || world.tick());
+    }
+    assert!(world.disks.iter().all(|disk| disk.dirty_regions().contains(&0)), "the clear is in flight");
+    let write = world.write(range(2, 6));
+    let (mut cleared, mut answered) = (0, 0);
+    world.in_every_order(&mut |world| {
+        let data = |disk: &Disk| disk.read(2) == 3;
+        let dirty = world.disks.iter().all(|disk| disk.dirty_regions().contains(&0));
+        assert!(dirty || !world.disks.iter().any(data), "data in a region that is clean on disk: {}", world.trace());
+        cleared += usize::from(!dirty);
+        answered += usize::from(world.answers.contains_key(&write));
+        power_cuts(world, 8).for_each(|after| assert_resynced(after, 2, &[2, 3]));
+    });
+    assert!(cleared > 0 && answered > 0);
+}
+
+#[test]
+fn case_54_in_every_order_a_clean_stop_that_was_answered_leaves_nothing_to_resync_and_one_that_was_cut_off_only_that() {
+    let mut world = flushed(1);
+    world.write(range(2, 6));
+    let stop = world.command(Request::Stop);
+    let mut stopped = 0;
+    world.in_every_order(&mut |world| {
+        let answered = world.answers.get(&stop);
+        assert!(answered.is_none_or(Result::is_ok));
+        stopped += usize::from(answered.is_some());
+        for after in power_cuts(world, 8) {
+            if answered.is_some() {
+                assert_eq!(after.mirror.status().dirty_regions, 0, "{}", world.trace());
+                assert_resynced(after, 2, &[3]);
+            } else {
+                assert_resynced(after, 2, &[2, 3]);
+            }
+        }
+        assert!(answered.is_some() || !world.movable().is_empty(), "it never ends");
+    });
+    assert!(stopped > 0);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Cases in every order in which what is on its way may end (mirror rules 1 to 9, 15).
+//! Cases in every order in which what is on its way may end (mirror rules 1 to 15, 28).
 
 use std::collections::BTreeSet;
 
@@ -7,7 +7,7 @@ use lockstep_core::{
     io::{Buffer, LegOp, Outcome},
     membership::MemberState,
     status::LegState,
-    units::{BLOCK_SIZE, BlockRange, Slot, Tag},
+    units::{BLOCK_SIZE, BlockRange, Errno, Slot, Tag},
 };
 use lockstep_sim::{Rng, World};
 
@@ -348,6 +348,163 @@ fn case_17_a_write_that_comes_during_a_flush_is_covered_by_the_next_one_only() {
         });
     });
     assert!(between >= 3, "{between}");
+}
+
+#[test]
+fn case_39_in_every_order_an_error_of_the_last_leg_goes_to_its_caller_alone_and_what_was_answered_survives_a_kill() {
+    for landed in [false, true] {
+        let mut world = warm(1);
+        world.disks[1].dead = true;
+        world.write(range(0, 8));
+        world.settle();
+        let tags = [range(0, 4), range(2, 6), range(20, 22)].map(|range| world.write(range));
+        let io = in_flight_on(&world, Slot::A, |op| matches!(op, LegOp::Write { range, .. } if range.start == 0)).expect("the first one");
+        if landed {
+            world.disks[0].cache.extend((0..4).map(|block| (block, 3)));
+        }
+        world.stuck.insert(io);
+        let mut ends = 0;
+        world.in_every_order(&mut |world| {
+            let mut world = world.clone();
+            world.end(io, Outcome::Failed(Errno::EIO));
+            world.in_every_order(&mut |world| {
+                assert_eq!(world.mirror.status().legs.map(|leg| leg.state), [LegState::In, LegState::Out]);
+                assert_eq!(world.answers.get(&tags[0]), Some(&Err(Errno::EIO)));
+                assert!(tags[1..].iter().all(|tag| world.answers.get(tag).is_none_or(Result::is_ok)));
+                let mut after = world.clone();
+                after.disks[1].dead = false;
+                after.kill([true, true]).expect("A is IN");
+                run_dry(&mut after);
+                let found = [0, 2, 20].map(|block| after.read_now(block).expect("reads work"));
+                assert_eq!(found[0], if landed { 3 } else { 2 });
+                for (n, tag) in tags.iter().enumerate().skip(1) {
+                    assert!(found[n] == n as u64 + 3 || !world.answers.contains_key(tag), "{found:?}: {}", world.trace());
+                }
+                assert_equal_again(&mut after);
+                if world.movable().is_empty() {
+                    ends += 1;
+                    assert!(tags.iter().all(|tag| world.answers.contains_key(tag)));
+                }
+            });
+        });
+        assert!(ends > 0);
+    }
+}
+
+#[test]
+fn case_41_in_every_order_what_finds_no_space_takes_nobody_out_and_each_block_is_old_or_new_on_both_legs_after_a_power_cut() {
+    for full in [[true, false], [false, true], [true, true]] {
+        let mut world = warm(1);
+        world.write(range(0, 8));
+        run_dry(&mut world);
+        world.flush();
+        run_dry(&mut world);
+        world.disks.iter_mut().zip(full).for_each(|(disk, full)| disk.full = full);
+        let write = world.write(range(2, 6));
+        let mut answered = 0;
+        world.in_every_order_while(&mut |world| {
+            let answer = world.answers.get(&write);
+            assert_eq!(world.mirror.status().legs.map(|leg| leg.state), [LegState::In; 2], "{}", world.trace());
+            assert!(answer.is_none_or(|answer| *answer == Err(Errno::ENOSPC)), "{}", world.trace());
+            for mut after in power_cuts(world, 4) {
+                after.disks.iter_mut().for_each(|disk| disk.full = false);
+                run_dry(&mut after);
+                let found = after.read_now(2).expect("both can read");
+                assert!(found == 2 || found == 3 && answer.is_none(), "{found}: {}", world.trace());
+                assert_equal_again(&mut after);
+                assert_eq!(after.read_now(2), Ok(found), "{}", after.trace());
+            }
+            if answer.is_some() {
+                answered += 1;
+                assert_eq!([0, 1].map(|disk| world.disks[disk].read(2)), [2; 2], "it is taken back before the answer");
+                let mut after = world.clone();
+                after.disks.iter_mut().for_each(|disk| disk.full = false);
+                assert_equal_again(&mut after);
+            }
+            assert!(answer.is_some() || !world.movable().is_empty(), "it never ends");
+            answer.is_none()
+        });
+        assert!(answered > 0);
+    }
+}
+
+#[test]
+fn case_47_in_every_order_a_leg_that_goes_out_costs_nothing_whatever_comes_back_after_a_crash() {
+    let (world, tags) = losing_b(1);
+    let (mut alone, mut refused) = (0, 0);
+    world.in_every_order(&mut |world| {
+        for (present, witness) in
+            [([true; 2], true), ([true, false], true), ([false, true], true), ([true; 2], false), ([true, false], false)]
+        {
+            for power in [false, true] {
+                let mut after = world.clone();
+                after.disks[1].dead = false;
+                if !witness {
+                    after.witness.clear();
+                }
+                let started = if power { after.crash(present) } else { after.kill(present) };
+                if let Err(refusal) = started {
+                    // B alone, that is OUT or may be; or one leg and nobody who knows.
+                    let may = present == [false, true] || !witness && present != [true; 2];
+                    assert!(may, "{present:?}, witness {witness}: {refusal}: {}", world.trace());
+                    refused += 1;
+                    continue;
+                }
+                assert!(witness || present == [true; 2], "one leg and no witness");
+                after.witness.resize(8192, 0);
+                run_dry(&mut after);
+                alone += usize::from(present == [false, true]);
+                for (n, (tag, block)) in tags.iter().zip([0, 2, 20]).enumerate() {
+                    let found = after.read_now(block).expect("it can be read");
+                    let lost = !power && world.answers.contains_key(tag) && found < n as u64 + 2;
+                    assert!(!lost, "{present:?}, witness {witness}: {found} at {block}: {}", after.trace());
+                }
+                // The oracle of a read: not older than what a flush covered.
+                after.read(range(0, 24));
+                after.settle();
+            }
+        }
+    });
+    assert!(alone > 0 && refused > 0, "{alone} {refused}");
+}
+
+#[test]
+fn case_49_whichever_leg_fails_a_write_first_that_both_fail_nobody_goes_out_and_the_legs_end_equal_after_a_power_cut_at_every_moment() {
+    // What the legs made of it before they failed. The resync has too many orders for all of them.
+    for (seed, took, first) in (0..8).flat_map(|n| Slot::BOTH.map(|first| (n / 4, n % 4, first))) {
+        let mut world = warm(seed);
+        world.write(range(0, 8));
+        run_dry(&mut world);
+        world.flush();
+        run_dry(&mut world);
+        let tags = [range(2, 6), range(4, 8)].map(|range| world.write(range));
+        let write = |slot| in_flight_on(&world, slot, |op| matches!(op, LegOp::Write { .. })).expect("it was issued");
+        let [one, two] = [first, first.other()].map(write);
+        for at in (0..2).filter(|at| took >> at & 1 == 1) {
+            world.disks[at].cache.extend((2..6).map(|block| (block, 3)));
+        }
+        world.end(one, Outcome::Failed(Errno::EIO));
+        assert!(!world.answers.contains_key(&tags[0]), "decided before both have reported");
+        world.end(two, Outcome::Failed(Errno::EIO));
+        loop {
+            assert_eq!(world.mirror.status().legs.map(|leg| leg.state), [LegState::In; 2]);
+            assert_eq!(world.answers.get(&tags[0]), Some(&Err(Errno::EIO)));
+            assert!(world.answers.get(&tags[1]).is_none_or(Result::is_ok));
+            for mut after in power_cuts(&world, 1) {
+                run_dry(&mut after);
+                let found = [2, 4].map(|block| after.read_now(block).expect("both can read"));
+                assert!([2, 3].contains(&found[0]) && [2, 3, 4].contains(&found[1]), "{found:?}: {}", world.trace());
+                assert_equal_again(&mut after);
+                assert_eq!([2, 4].map(|block| after.read_now(block)), found.map(Ok), "{}", after.trace());
+            }
+            if !world.step() {
+                break;
+            }
+        }
+        world.settle();
+        assert!(world.answers.contains_key(&tags[1]) && world.healthy());
+        world.assert_identical();
+    }
 }
 
 /// Goes on with reads of one block, one after the other, between everything else; each must find nothing older than the one before.
