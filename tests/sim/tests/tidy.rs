@@ -108,8 +108,8 @@ fn cases_of(test: &str) -> Vec<usize> {
     cases
 }
 
-#[test]
-fn each_case_of_the_contract_names_tests_that_exist_and_all_that_are_named_after_it() {
+/// The names of all tests.
+fn tests() -> BTreeSet<String> {
     let mut tests = BTreeSet::new();
     for (_, text) in named(".rs") {
         let named = |line: &str| line.trim_start().trim_start_matches("async ").strip_prefix("fn ")?.split('(').next().map(str::to_owned);
@@ -120,6 +120,28 @@ fn each_case_of_the_contract_names_tests_that_exist_and_all_that_are_named_after
                 .filter_map(|(_, line)| named(line)),
         );
     }
+    tests
+}
+
+#[test]
+fn each_seed_that_found_something_names_its_test_and_the_mutant_that_this_test_catches() {
+    let tests = tests();
+    let mut seeds = 0;
+    for (seed, what) in lockstep_sim::simulator::regressions() {
+        let (_, names) = what.rsplit_once(": ").expect("what it was: test, mutant");
+        let (test, mutant) = names.split_once(", ").expect("test, mutant");
+        assert!(tests.contains(test), "{seed}: no such test: {test}");
+        let patch = fs::read_to_string(root().join(format!("tests/mutants/{mutant}.patch"))).expect(mutant);
+        let catches = patch.lines().find_map(|line| line.strip_prefix("test: ")).expect("a test");
+        assert!(test.starts_with(catches), "{seed}: {mutant} is for another test: {catches}");
+        seeds += 1;
+    }
+    assert!(seeds > 0);
+}
+
+#[test]
+fn each_case_of_the_contract_names_tests_that_exist_and_all_that_are_named_after_it() {
+    let tests = tests();
     let design = fs::read_to_string(root().join("datapath/DESIGN.md")).expect("text");
     let (_, table) = design.split_once("| Case | Proven by |\n|---|---|\n").expect("the table");
     for (n, row) in table.lines().take_while(|line| line.starts_with('|')).enumerate() {

@@ -130,8 +130,7 @@ pub fn explain(seed: u64, watch: Watch) -> Option<String> {
     text
 }
 
-/// The seeds that once found something, and what. They hold for one version of the script; what was wrong in the core has a named
-/// case too.
+/// The seeds that once found something, and what: test, mutant. They hold for one version of the script; these hold for ever.
 pub fn regressions() -> impl Iterator<Item = (u64, &'static str)> {
     let lines = include_str!("../../regressions.txt").lines().filter(|line| !line.starts_with('#') && !line.is_empty());
     lines.map(|line| {
