@@ -73,7 +73,10 @@ pub enum Error {
         difference: String,
     },
     /// No node can take it. Nothing of it exists.
-    #[error("no node can take a volume of {bytes} bytes: {}", if refusals.is_empty() { "no node has two usable disks" } else { refusals.as_str() })]
+    #[error(
+        "no node can take a volume of {bytes} bytes: {}. Ask for less, or add disks; why a disk is not used says status.message of its LocalDisk",
+        if refusals.is_empty() { "no node has two usable disks" } else { refusals.as_str() }
+    )]
     NoRoom {
         /// Its size.
         bytes: u64,

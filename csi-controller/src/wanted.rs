@@ -94,6 +94,11 @@ impl Wanted {
             Usage::Filesystem(fs_type) => Usage::Filesystem(Some(fs_type.unwrap_or(FsType::Ext4))),
             Usage::Block => Usage::Block,
         };
+        // CSI: a range names at least one of its two fields; 0 is "not given". Without a range the size is ours to choose.
+        if capacity_range == Some(CapacityRange::default()) {
+            let allowed = "name a size in required_bytes or limit_bytes, or leave capacity_range out for a volume of 1 GiB";
+            return Err(Error::Argument { field: "capacity_range", value: "0 bytes".into(), allowed });
+        }
         let range = capacity_range.unwrap_or_default();
         let bytes = capacity::volume_bytes(range.required_bytes, range.limit_bytes, minimum(usage))?;
         let placement = accessibility_requirements.map(Placement::of).transpose()?.unwrap_or_default();

@@ -88,19 +88,22 @@ impl Error {
         match self {
             Self::InvalidArgument(_) => Code::InvalidArgument,
             Self::NoVolume(_) | Self::NoPath { .. } => Code::NotFound,
-            Self::Busy(_) | Self::Store(Store::Conflict { .. }) => Code::Aborted,
+            // As csi-controller has it: whoever was faster is done by the next call, and what cannot be read or reached can be later. What was asked may
+            // have happened. So nothing of this is final.
+            Self::Busy(_) | Self::Store(Store::Conflict { .. } | Store::AlreadyExists { .. } | Store::NotFound { .. }) => Code::Aborted,
+            Self::Store(Store::Unreadable { .. } | Store::Name { .. } | Store::Api { .. } | Store::Io { .. }) => Code::Unavailable,
             Self::Incompatible(_) => Code::AlreadyExists,
             Self::Precondition(_) => Code::FailedPrecondition,
             Self::DataLoss(_) => Code::DataLoss,
             // The caller comes again; by then the operator has acted, or the old I/O is over.
-            Self::Datapath(Mirror::Refused(_) | Mirror::Meta { .. } | Mirror::Truncated { .. }) => Code::FailedPrecondition,
+            Self::Datapath(Mirror::Refused(_) | Mirror::Damaged { .. } | Mirror::Meta { .. } | Mirror::Truncated { .. }) => {
+                Code::FailedPrecondition
+            }
             Self::Starting | Self::Datapath(Mirror::LegBusy { .. } | Mirror::Gone) => Code::Unavailable,
-            // An API that cannot be reached is there again later; what was asked of it may have happened.
-            Self::Store(Store::Api { .. }) => Code::Unavailable,
             Self::Datapath(Mirror::Io { .. } | Mirror::Mirror(_) | Mirror::NoFlush { .. } | Mirror::Holder(_) | Mirror::Panicked) => {
                 Code::Internal
             }
-            Self::Store(_) | Self::State(_) | Self::Tool(_) | Self::Io { .. } | Self::Panicked(_) => Code::Internal,
+            Self::State(_) | Self::Tool(_) | Self::Io { .. } | Self::Panicked(_) => Code::Internal,
         }
     }
 }
@@ -108,5 +111,27 @@ impl Error {
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         Status::new(error.code(), error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lockstep_store::Error as Store;
+
+    use super::*;
+
+    #[test]
+    fn nothing_that_the_store_says_is_final() {
+        let (kind, name) = (|| "MirrorVolume".to_owned(), || "v".to_owned());
+        for (error, code) in [
+            (Store::NotFound { kind: kind(), name: name() }, Code::Aborted),
+            (Store::AlreadyExists { kind: kind(), name: name() }, Code::Aborted),
+            (Store::Conflict { kind: kind(), name: name() }, Code::Aborted),
+            (Store::Name { name: "Not/A:Name".into() }, Code::Unavailable),
+            (Store::Unreadable { path: "v.yaml".into(), reason: "no YAML".into() }, Code::Unavailable),
+            (Store::Io { what: "reading v.yaml".into(), source: io::ErrorKind::PermissionDenied.into() }, Code::Unavailable),
+        ] {
+            assert_eq!(Error::from(error).code(), code);
+        }
     }
 }

@@ -76,7 +76,11 @@ pub fn must_format(device: &Path, fs_type: FsType, record: &FormatStatus) -> Res
         (FormatState::Formatted, found) => {
             let found = found.map_or("nothing".to_owned(), |(kind, uuid)| format!("{kind} ({uuid})"));
             let expected = format!("{} ({})", name(fs_type), record.fs_uuid.as_deref().unwrap_or("unknown"));
-            Err(Error::DataLoss(format!("the volume should have {expected}, but it has {found}: it is neither mounted nor formatted")))
+            Err(Error::DataLoss(format!(
+                "the volume should have {expected}, but it has {found}: it is neither mounted nor formatted. If what it has is its data, set status.format of \
+                 its object to that. If not, look at each copy alone (README, \"A copy without Lockstep\"); what is lost comes back from a backup, onto a new \
+                 volume"
+            )))
         }
     }
 }

@@ -65,9 +65,16 @@ impl<S: Store> Node<S> {
 
     /// A mirror is not assembled from what was found.
     pub(crate) fn tell_of_refusal(self: &Arc<Self>, volume: &MirrorVolume, error: &Error) {
-        let Error::Datapath(lockstep_datapath::Error::Refused(refusal)) = error else { return };
-        let reason = if matches!(refusal, Refusal::SplitBrain(..)) { "SplitBrainRefused" } else { "LegRefused" };
-        let message = format!("the volume is not served: {refusal}. README, \"When a disk fails\", says how");
+        let (reason, message) = match error {
+            Error::Datapath(lockstep_datapath::Error::Refused(refusal)) => {
+                let reason = if matches!(refusal, Refusal::SplitBrain(..)) { "SplitBrainRefused" } else { "LegRefused" };
+                (reason, format!("the volume is not served: {refusal}. README, \"When a disk fails\", says how"))
+            }
+            Error::Datapath(damaged @ lockstep_datapath::Error::Damaged { .. }) => {
+                ("LegRefused", format!("the volume is not served: {damaged}"))
+            }
+            _ => return,
+        };
         self.tell_of_volume(volume, vec![news(true, reason, message)]);
     }
 }

@@ -10,6 +10,16 @@ pub enum Error {
     /// The legs that were found do not make a mirror that may be used.
     #[error("the mirror cannot be assembled: {0}")]
     Refused(#[from] Refusal),
+    /// No leg that was found can be told, though it is there. Nothing was changed.
+    #[error(
+        "the mirror cannot be assembled: every `meta` of the volume that was found is damaged: {}. If a disk of it is away, bring that back. If not, nothing is lost \
+         yet: each `data` beside them can be mounted alone, read-only (README, \"A copy without Lockstep\"), and copied to a new volume",
+        metas.iter().map(|meta| meta.display().to_string()).collect::<Vec<_>>().join(", ")
+    )]
+    Damaged {
+        /// The `meta` files.
+        metas: Vec<PathBuf>,
+    },
     /// A leg's metadata cannot be used.
     #[error("{path}: {source}")]
     Meta {

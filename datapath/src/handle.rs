@@ -11,7 +11,7 @@ use std::{
 
 use lockstep_core::{
     Mirror,
-    assembly::{Assembly, Limits, assemble},
+    assembly::{Assembly, Limits, Refusal, assemble},
     format,
     io::{Effects, Fill, Notice, Request},
     status::{LegState, Status},
@@ -334,7 +334,10 @@ fn assembled(spec: &VolumeSpec, found: Vec<OpenLeg>, limits: Limits) -> Result<A
         limits,
     };
     let mut effects = Effects::new();
-    let assembled = assemble(&assembly, &mut effects)?;
+    let assembled = assemble(&assembly, &mut effects).map_err(|refusal| match refusal {
+        Refusal::NoLeg if !found.is_empty() => Error::Damaged { metas: found.iter().map(|leg| leg.dir.join("meta")).collect() },
+        refusal => refusal.into(),
+    })?;
     let status = assembled.mirror.status();
     let bytes = status.blocks * BLOCK_SIZE;
     let returning = assembled.returning.iter().map(|(index, slot, fill)| (LegPath { dir: found[*index].dir.clone() }, *slot, *fill));

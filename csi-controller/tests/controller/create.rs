@@ -146,6 +146,8 @@ async fn what_is_wrong_with_a_request_is_named_and_nothing_is_applied() {
     ] {
         contains(&refused(rig.create(request).await, Code::InvalidArgument), &[names]);
     }
+    let none = with(&|request| request.capacity_range = Some(range(0, 0)));
+    contains(&refused(rig.create(none).await, Code::InvalidArgument), &["capacity_range", "required_bytes", "leave capacity_range out"]);
     for (required, limit) in [(-1, 0), (0, -1), (2 << 20, 1 << 20), (0, 1), ((1 << 20) + 1, (1 << 20) + 2)] {
         let size = lockstep_proto::csi::CapacityRange { required_bytes: required, limit_bytes: limit };
         refused(rig.create(with(&|request| request.capacity_range = Some(size))).await, Code::OutOfRange);

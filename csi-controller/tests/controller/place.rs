@@ -73,6 +73,7 @@ async fn nodes_without_room_are_not_asked() {
     let request = CreateVolumeRequest { accessibility_requirements: nodes(&["small", "single", "bare"], &[]), ..big("w") };
     let message = refused(rig.create(request).await, Code::ResourceExhausted);
     contains(&message, &["small: the largest volume", &GIB.to_string(), "single: it has no two usable disks", "bare: it has no disk"]);
+    contains(&message, &["Ask for less", "add disks"]);
     let huge = CreateVolumeRequest { capacity_range: Some(range(1 << 62, 0)), ..wanted("huge") };
     refused(rig.create(huge).await, Code::ResourceExhausted);
     assert_eq!(rig.volumes().await, ["v"]);
@@ -80,7 +81,10 @@ async fn nodes_without_room_are_not_asked() {
 
 #[tokio::test]
 async fn without_any_disk_there_is_no_room() {
-    contains(&refused(Rig::new().create(wanted("v")).await, Code::ResourceExhausted), &["no node has two usable disks"]);
+    contains(
+        &refused(Rig::new().create(wanted("v")).await, Code::ResourceExhausted),
+        &["no node has two usable disks", "add disks", "LocalDisk"],
+    );
 }
 
 #[tokio::test]

@@ -136,12 +136,17 @@ impl Device {
         let file = match File::options().read(true).custom_flags(flags).open(&self.path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                return Ok(Content::Foreign("it is in use (LVM, md, swap or another program has it open)".into()));
+                return Ok(Content::Foreign(
+                    "it is in use (LVM, md, swap or another program has it open): end that, or take it out of the selection".into(),
+                ));
             }
             Err(error) => return Err(DiskError::Open(error)),
         };
         if self.identity.size_bytes < MIN_BYTES {
-            return Ok(Content::Foreign(format!("it is too small: {} MiB, a disk needs 1 GiB", self.identity.size_bytes >> 20)));
+            let mebibytes = self.identity.size_bytes >> 20;
+            return Ok(Content::Foreign(format!(
+                "it is too small: {mebibytes} MiB, a disk needs 1 GiB: take it out of the selection, or put a larger one in its place"
+            )));
         }
         Ok(self.verdict(probe::found(&self.path, &file)?))
     }
@@ -217,7 +222,7 @@ mod tests {
 
     #[test]
     fn what_is_no_block_device_is_said() {
-        assert_eq!(look_up(Path::new("/dev/null")).unwrap_err().to_string(), "it is not a block device");
+        assert_eq!(look_up(Path::new("/dev/null")).unwrap_err().to_string(), "it is not a block device: take it out of the selection");
         assert!(look_up(Path::new("/nonexistent")).unwrap_err().to_string().contains("No such file"));
     }
 

@@ -12,7 +12,7 @@ pub(super) enum DiskError {
     #[error("{0}")]
     Path(io::Error),
     /// Its name leads to something else.
-    #[error("it is not a block device")]
+    #[error("it is not a block device: take it out of the selection")]
     NotBlock,
     /// The kernel does not say what it is.
     #[error("sysfs: {0}")]
@@ -41,7 +41,9 @@ pub(super) enum DiskError {
         source: io::Error,
     },
     /// It has our label and other files.
-    #[error("its label says {LABEL}, but {MARKER} is missing and other files are there: it is left alone")]
+    #[error(
+        "its label says {LABEL}, but {MARKER} is missing and other files are there: it is left alone. Take it out of the selection, or wipe it (wipefs --all) if nothing on it is needed"
+    )]
     NoMarker,
 }
 

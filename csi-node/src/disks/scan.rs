@@ -199,7 +199,10 @@ impl Disks {
                 DiskPhase::Failed => return Some(uuid.to_owned()),
                 _ => {
                     let other = disk.label;
-                    return self.refuse(&device.path, Some(device), format!("it has the same file system as {other}: a disk is used once"));
+                    // Not a word of wiping it: it may be that very disk.
+                    let message =
+                        format!("it has the same file system as {other}: a disk is used once. Take one of the two out of the selection");
+                    return self.refuse(&device.path, Some(device), message);
                 }
             }
         }

@@ -3,15 +3,19 @@
 use std::{
     fs::{self, OpenOptions},
     io::{Seek, SeekFrom, Write},
+    os::unix::fs::OpenOptionsExt,
 };
 
 use lockstep_csi_tests::{
     client::{Client, create_request},
     driver::{Driver, until},
-    lab::{Lab, text},
+    lab::{Lab, alone, text},
 };
-use lockstep_native::run;
-use lockstep_proto::objects::{DiskPhase, LocalDisk, MirrorVolume};
+use lockstep_native::{run, succeeds};
+use lockstep_proto::{
+    csi::CapacityRange,
+    objects::{DiskPhase, LocalDisk, MirrorVolume},
+};
 use lockstep_store::Store;
 use tonic::{Code, Status};
 
@@ -39,13 +43,17 @@ async fn a_bad_request_is_refused_by_name_and_leaves_nothing() {
         let refused = create(&client, |request| drop(request.parameters.insert(name.into(), value.into()))).await.unwrap_err();
         says(&refused, Code::InvalidArgument, &[name]);
     }
-    for (required, limit, code) in [(-1, 0, Code::OutOfRange), (2 << 20, 1 << 20, Code::OutOfRange), (1 << 40, 0, Code::ResourceExhausted)]
-    {
+    for (required, limit, code, named) in [
+        (0, 0, Code::InvalidArgument, ["capacity_range", "required_bytes"]),
+        (-1, 0, Code::OutOfRange, ["-1 bytes", "below zero"]),
+        (2 << 20, 1 << 20, Code::OutOfRange, ["at least 2097152 and at most 1048576 bytes", "whole MiB"]),
+        (1 << 40, 0, Code::ResourceExhausted, ["the largest volume that fits", "Ask for less, or add disks"]),
+    ] {
         let refused = create(&client, |request| {
             let range = request.capacity_range.as_mut().unwrap();
             (range.required_bytes, range.limit_bytes) = (required, limit);
         });
-        says(&refused.await.unwrap_err(), code, &[]);
+        says(&refused.await.unwrap_err(), code, &named);
     }
     says(&create(&client, |request| request.name = "n".repeat(129)).await.unwrap_err(), Code::InvalidArgument, &["129", "128"]);
     says(
@@ -55,7 +63,7 @@ async fn a_bad_request_is_refused_by_name_and_leaves_nothing() {
     );
     assert!(driver.store.list::<MirrorVolume>().await.unwrap().objects.is_empty());
 
-    // Legal, if odd: a slash, capitals, the longest name; a size of 0 is the default.
+    // Legal, if odd: a slash, capitals, the longest name; without a size it is the default, or the limit.
     for name in ["a/b".to_owned(), "../../etc".into(), "N".repeat(128)] {
         let id = create(&client, |request| request.name.clone_from(&name)).await.unwrap();
         let object = driver.volume(&id).await;
@@ -65,6 +73,9 @@ async fn a_bad_request_is_refused_by_name_and_leaves_nothing() {
     let id = create(&client, |request| request.capacity_range = None).await.unwrap();
     assert_eq!(driver.volume(&id).await.status.unwrap().capacity_bytes, 1 << 30);
     client.delete(&id).await.unwrap();
+    let id = create(&client, |request| request.capacity_range = Some(CapacityRange { required_bytes: 0, limit_bytes: 32 << 20 })).await;
+    assert_eq!(driver.volume(id.as_ref().unwrap()).await.status.unwrap().capacity_bytes, 32 << 20);
+    client.delete(&id.unwrap()).await.unwrap();
     driver.stop();
 }
 
@@ -104,7 +115,7 @@ async fn refused(driver: &Driver, named: &str) -> LocalDisk {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_that_is_not_blank_is_refused_by_what_is_on_it_and_not_touched() {
-    let mut lab = Lab::new(5, 1500);
+    let mut lab = Lab::new(6, 1500);
     let small = lab.add_disk(100);
     run("mkfs.ext4", &["-q", text(lab.device(0))]);
     run("mkswap", &[text(lab.device(1))]);
@@ -123,26 +134,39 @@ async fn a_disk_that_is_not_blank_is_refused_by_what_is_on_it_and_not_touched() 
     let twice = run("losetup", &["--find", "--show", text(&lab.path("disk4.img"))]);
     std::os::unix::fs::symlink(twice.trim(), lab.path("disks/twice")).unwrap();
     fs::write(lab.path("disks/file"), "not a disk").unwrap();
+    // Blank and not mounted, and somebody's: so do swap, md and LVM hold their devices.
+    let held = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(lab.device(5)).unwrap();
     let before = run("md5sum", &[text(&lab.path("disk0.img"))]);
     let mut driver = Driver::start(&lab).await;
-    for named in
-        ["ext4", "swap", "it is mounted at", "gpt partition table", "too small: 100 MiB", "the same file system as", "not a block device"]
-    {
-        refused(&driver, named).await;
+    for (named, remedies) in [
+        ("it has ext4", &["wipefs --all /dev/loop", "take it out of the selection"][..]),
+        ("it has swap", &["wipefs --all /dev/loop", "take it out of the selection"]),
+        ("a gpt partition table", &["wipefs --all /dev/loop", "take it out of the selection"]),
+        ("it is mounted at", &["unmount it", "take it out of the selection"]),
+        ("it is in use", &["end that", "take it out of the selection"]),
+        ("too small: 100 MiB", &["needs 1 GiB", "take it out of the selection", "a larger one"]),
+        ("the same file system as", &["Take one of the two out of the selection"]),
+        ("not a block device", &["take it out of the selection"]),
+    ] {
+        let disk = refused(&driver, named).await.status.unwrap();
+        assert!(disk.message.starts_with(text(&lab.path("disks"))) || disk.message.starts_with("/dev/"), "which one? {}", disk.message);
+        assert!(remedies.iter().all(|remedy| disk.message.contains(remedy)), "{}", disk.message);
     }
-    let ext4 = refused(&driver, "ext4").await.status.unwrap();
-    assert!(ext4.message.contains("wipefs --all /dev/loop"), "{}", ext4.message);
     assert_eq!(run("md5sum", &[text(&lab.path("disk0.img"))]), before, "it was written to");
     assert!(lab.mount_of(small).is_none());
     let no_pair = driver.client.create("v", 64 * MIB, None).await.unwrap_err();
-    says(&no_pair, Code::ResourceExhausted, &["two"]);
+    says(&no_pair, Code::ResourceExhausted, &["it has no two usable disks", "add disks", "status.message of its LocalDisk"]);
 
     // Ours by its label, but it has files that are not.
     run("umount", &[text(&mounted)]);
-    refused(&driver, "other files are there").await;
-    // Wiped: it is claimed.
-    run("wipefs", &["--all", "--quiet", text(lab.device(0))]);
+    let other = refused(&driver, "other files are there").await.status.unwrap();
+    assert!(other.message.contains("out of the selection") && other.message.contains("wipefs"), "{}", other.message);
+    // Nobody holds it any more, or it is wiped: it is claimed.
+    drop(held);
     until("a second disk", || async { driver.client.create("v", 64 * MIB, None).await.ok() }).await;
+    // csi-node looks at it now and then, and has it to itself for that moment.
+    until("wiped", || async { succeeds("wipefs", &["--all", "--quiet", text(lab.device(0))]).then_some(()) }).await;
+    until("a third disk", || async { lab.mount_of(0) }).await;
     driver.stop();
     run("losetup", &["-d", twice.trim()]);
 }
@@ -183,7 +207,12 @@ async fn damaged_metadata_takes_a_copy_out_and_never_the_volume() {
         damage(&meta);
     }
     let refused = place.up(&driver.client).await.unwrap_err();
-    says(&refused, Code::FailedPrecondition, &["no readable leg"]);
+    let metas = metas(&driver).await;
+    says(&refused, Code::FailedPrecondition, &[text(&metas[0]), text(&metas[1]), "damaged", "mounted alone, read-only", "a new volume"]);
+    // As it says.
+    for copy in driver.copies(&place.id).await {
+        assert_eq!(alone(&lab, &copy, "ext4", |at| fs::read_to_string(at.join("f")).unwrap()), "x");
+    }
     assert!(driver.copies(&place.id).await.iter().all(|copy| copy.exists()), "nothing is thrown away");
     driver.stop();
 }
@@ -198,8 +227,9 @@ async fn an_unreadable_object_is_named_and_left_alone() {
     fs::write(&path, "spec: [").unwrap();
     let place = driver.place_of(id.clone(), None);
     let refused = place.up(&driver.client).await.unwrap_err();
-    says(&refused, Code::Internal, &["v.yaml", "Repair it"]);
-    assert!(driver.client.delete(&id).await.unwrap_err().message().contains("v.yaml"));
+    // Both let the caller come again.
+    says(&refused, Code::Unavailable, &["v.yaml", "Repair it"]);
+    says(&driver.client.delete(&id).await.unwrap_err(), Code::Unavailable, &["v.yaml", "Repair it"]);
     assert_eq!(fs::read_to_string(&path).unwrap(), "spec: [");
     // Another volume goes on.
     let other = driver.place("w", 64 * MIB, None).await;
@@ -226,7 +256,8 @@ async fn a_volume_whose_file_system_is_gone_is_data_loss_and_not_formatted_again
     }
     for round in 0..2 {
         let refused = place.up(&driver.client).await.unwrap_err();
-        says(&refused, Code::DataLoss, &["ext4", if round == 0 { "nothing" } else { "xfs" }]);
+        let found = if round == 0 { "it has nothing" } else { "it has xfs (01234567" };
+        says(&refused, Code::DataLoss, &["should have ext4 (", found, "set status.format", "look at each copy alone", "from a backup"]);
         assert_eq!(driver.volume(&place.id).await.status.unwrap().device, None, "nothing is half-staged");
         for copy in &copies {
             run("mkfs.xfs", &["-q", "-f", "-m", "uuid=01234567-89ab-cdef-0123-456789abcdef", "-d", "size=300m,file", text(copy)]);
