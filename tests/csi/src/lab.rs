@@ -138,14 +138,29 @@ pub fn identical(a: &Path, b: &Path) -> bool {
     lockstep_native::succeeds("cmp", &["--silent", text(a), text(b)])
 }
 
+/// How a copy is mounted alone: the README says the same.
+pub const ALONE: &str = "loop,ro";
+
+/// How it is after a crash, when its journal has something that a read-only mount cannot replay.
+pub fn alone_after_a_crash(fs_type: &str) -> &'static str {
+    if fs_type == "xfs" { "loop,ro,norecovery,nouuid" } else { "loop,ro,noload" }
+}
+
 /// Runs `work` on a copy that is mounted alone, read-only, without the driver.
+///
+/// # Panics
+/// If it cannot be mounted.
 pub fn alone<T>(lab: &Lab, copy: &Path, fs_type: &str, work: impl FnOnce(&Path) -> T) -> T {
+    alone_with(lab, copy, fs_type, ALONE, work).expect("it is mounted")
+}
+
+/// The same with these options of mount. `None`: it cannot be mounted so.
+pub fn alone_with<T>(lab: &Lab, copy: &Path, fs_type: &str, options: &str, work: impl FnOnce(&Path) -> T) -> Option<T> {
     let at = lab.path("copy");
     fs::create_dir_all(&at).expect("a mount point");
-    // XFS: the log of a copy that was in use cannot be replayed read-only.
-    let options = if fs_type == "xfs" { "loop,ro,norecovery,nouuid" } else { "loop,ro" };
-    run("mount", &["-t", fs_type, "-o", options, text(copy), text(&at)]);
-    let result = work(&at);
-    run("umount", &[text(&at)]);
-    result
+    lockstep_native::succeeds("mount", &["-t", fs_type, "-o", options, text(copy), text(&at)]).then(|| {
+        let result = work(&at);
+        run("umount", &[text(&at)]);
+        result
+    })
 }

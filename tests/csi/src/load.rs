@@ -15,58 +15,64 @@ use crate::lab::text;
 #[derive(Debug)]
 pub struct Load(Child);
 
+/// Where on a device, or in their file, the two jobs are that verify, and the first byte of those that overlap.
+const ON_FILES: [&str; 3] = ["0", "64M", "0"];
+const ON_DEVICE: [&str; 3] = ["64M", "128M", "192M"];
+
 /// Direct I/O for this many seconds on files under `dir`: twelve jobs whose writes overlap, and two that verify ranges of their own.
 pub fn on_files(dir: &Path, seconds: u32) -> Load {
-    start(
-        &format!("--filename={}", text(&dir.join("overlap"))),
-        &format!("--filename={}", text(&dir.join("verify"))),
-        seconds,
-        ["0", "64M", "0"],
-    )
+    start(&dir.join("overlap"), &dir.join("verify"), seconds, ON_FILES)
 }
 
 /// The same on a bare device.
 pub fn on_device(device: &Path, seconds: u32) -> Load {
-    let device = format!("--filename={}", text(device));
-    start(&device, &device, seconds, ["64M", "128M", "192M"])
+    start(device, device, seconds, ON_DEVICE)
 }
 
-fn start(overlap: &str, verify: &str, seconds: u32, offsets: [&str; 3]) -> Load {
-    let runtime = format!("--runtime={seconds}");
-    let [first, second, third] = offsets.map(|offset| format!("--offset={offset}"));
-    let own = |name: &'static str| {
-        [
-            name,
-            verify,
-            "--rw=randwrite",
-            "--verify=crc32c",
-            "--verify_fatal=1",
-            "--do_verify=1",
-            "--iodepth=8",
-            "--bsrange=4k-64k",
-            "--size=32M",
-        ]
-    };
-    let child = Command::new("fio")
-        // fio would leave its verify states in the working directory.
-        .args(["--verify_state_save=0", "--direct=1", "--ioengine=libaio", "--time_based=1", "--output-format=terse", "--fallocate=none"])
-        .arg(runtime)
-        .args(own("--name=own1"))
-        .arg(&first)
-        .args(own("--name=own2"))
-        .arg(&second)
-        .args([
-            "--name=overlap",
-            overlap,
-            &third,
-            "--numjobs=12",
-            "--size=16M",
-            "--rw=randrw",
-            "--rwmixread=20",
-            "--iodepth=8",
-            "--bsrange=4k-128k",
-        ])
-        .stdout(Stdio::null())
+/// Whether every block of the ranges that a load of `on_files` verifies is as its last writer made it. The load itself ends in the middle of its
+/// writing, and what it wrote last it does not read. It has to have come to every block.
+pub fn verified_on_files(dir: &Path) -> bool {
+    verified(&dir.join("verify"), ON_FILES)
+}
+
+/// The same for `on_device`.
+pub fn verified_on_device(device: &Path) -> bool {
+    verified(device, ON_DEVICE)
+}
+
+fn fio() -> Command {
+    let mut fio = Command::new("fio");
+    // fio would leave its verify states in the working directory.
+    fio.args(["--verify_state_save=0", "--direct=1", "--ioengine=libaio", "--output-format=terse", "--fallocate=none"]);
+    fio.stdout(Stdio::null());
+    fio
+}
+
+/// A job with a range of its own. Each block has its own checksum, so that what is left of a large write can be verified.
+fn own(fio: &mut Command, name: &str, file: &Path, offset: &str) {
+    fio.arg(format!("--name={name}")).arg(format!("--filename={}", text(file))).arg(format!("--offset={offset}"));
+    fio.args(["--size=32M", "--verify=crc32c", "--verify_interval=4096", "--verify_fatal=1", "--do_verify=1", "--iodepth=8"]);
+}
+
+fn verified(file: &Path, [first, second, _]: [&str; 3]) -> bool {
+    let mut fio = fio();
+    for (name, offset) in [("last1", first), ("last2", second)] {
+        own(&mut fio, name, file, offset);
+        fio.args(["--rw=read", "--bs=64k"]);
+    }
+    fio.status().expect("fio is installed").success()
+}
+
+fn start(overlap: &Path, verify: &Path, seconds: u32, [first, second, third]: [&str; 3]) -> Load {
+    let mut fio = fio();
+    fio.arg("--time_based=1").arg(format!("--runtime={seconds}"));
+    for (name, offset) in [("own1", first), ("own2", second)] {
+        own(&mut fio, name, verify, offset);
+        fio.args(["--rw=randwrite", "--bsrange=4k-64k"]);
+    }
+    let child = fio
+        .args(["--name=overlap", &format!("--filename={}", text(overlap)), &format!("--offset={third}")])
+        .args(["--numjobs=12", "--size=16M", "--rw=randrw", "--rwmixread=20", "--iodepth=8", "--bsrange=4k-128k"])
         .spawn()
         .expect("fio is installed");
     Load(child)
