@@ -5,6 +5,7 @@ mod bad_input;
 mod containers;
 mod disks;
 mod failures;
+mod growth;
 mod hung;
 mod kept;
 mod kills;

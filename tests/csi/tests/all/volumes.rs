@@ -243,45 +243,6 @@ async fn every_call_can_be_repeated_and_what_does_not_fit_is_refused() {
     driver.stop();
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_volume_grows_while_it_is_used_and_again_at_its_next_stage() {
-    let lab = Lab::new(2, 2000);
-    let mut driver = Driver::start(&lab).await;
-    let client = driver.client.clone();
-    // XFS, because growing a mounted ext4 takes CAP_SYS_RESOURCE, which not every machine that runs this has.
-    let place = driver.place("grows", 320 * MIB, Some("xfs")).await;
-    place.up(&client).await.unwrap();
-    let size = async || client.usage(&place.id, &place.target).await.unwrap()[0].total;
-    let before = size().await;
-    assert_eq!(client.node_expand(&place.id, &place.target, 640 * MIB).await.unwrap_err().code(), Code::FailedPrecondition);
-    assert_eq!(client.controller_expand(&place.id, 640 * MIB).await.unwrap(), 640 << 20);
-    assert_eq!(client.node_expand(&place.id, &place.target, 640 * MIB).await.unwrap(), 640 << 20);
-    assert!(size().await > before + (300 << 20));
-    let refused = client.controller_expand(&place.id, 4000 * MIB).await.unwrap_err();
-    assert_eq!(refused.code(), Code::OutOfRange, "{refused}");
-    place.down(&client).await.unwrap();
-    // Without being staged: the next stage gives it the rest.
-    assert_eq!(client.controller_expand(&place.id, 960 * MIB).await.unwrap(), 960 << 20);
-    place.up(&client).await.unwrap();
-    assert!(size().await > before + (600 << 20));
-    let file = place.target.join("big");
-    run("dd", &["if=/dev/urandom", &format!("of={}", text(&file)), "bs=1M", "count=700", "conv=fsync", "status=none"]);
-    place.down(&client).await.unwrap();
-    driver.assert_copies_identical(&place.id).await;
-
-    // ext4 grows before it is mounted.
-    client.delete(&place.id).await.unwrap();
-    let ext4 = driver.place("ext4", 64 * MIB, Some("ext4")).await;
-    ext4.up(&client).await.unwrap();
-    let before = client.usage(&ext4.id, &ext4.target).await.unwrap()[0].total;
-    ext4.down(&client).await.unwrap();
-    client.controller_expand(&ext4.id, 128 * MIB).await.unwrap();
-    ext4.up(&client).await.unwrap();
-    assert!(client.usage(&ext4.id, &ext4.target).await.unwrap()[0].total > before + (50 << 20));
-    ext4.down(&client).await.unwrap();
-    driver.stop();
-}
-
 /// What was admitted can be filled to the last block: after mkfs, after fstrim, on disks that are full to the brim.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thick_volume_on_full_disks_never_runs_out_of_space() {
