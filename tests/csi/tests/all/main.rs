@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod containers;
+mod cut_off;
 mod disks;
 mod failures;
 mod growth;

@@ -1,0 +1,169 @@
+//! Calls that are cut off: by a caller who goes away, by the end of csi-node. The same call again does it to its end.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use lockstep_csi_tests::{
+    client::{Client, Place},
+    driver::{Driver, until},
+    lab::{Lab, text},
+};
+use tonic::{Code, Status};
+
+const MIB: u64 = 1 << 20;
+/// In so many parts of its usual time a call is cut off.
+const MOMENTS: u32 = 8;
+
+/// A call of the kubelet's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Call {
+    Stage,
+    Publish,
+    /// To so many bytes, which the controller made room for.
+    Expand(u64),
+    Unpublish,
+    Unstage,
+}
+
+impl Call {
+    async fn make(self, client: &Client, place: &Place) -> Result<(), Status> {
+        match self {
+            Self::Stage => client.stage(&place.id, &place.staging, place.fs_type).await,
+            Self::Publish => client.publish(&place.id, &place.staging, &place.target, place.fs_type).await,
+            Self::Expand(bytes) => client.node_expand(&place.id, &place.target, bytes).await.map(drop),
+            Self::Unpublish => client.unpublish(&place.id, &place.target).await,
+            Self::Unstage => client.unstage(&place.id, &place.staging).await,
+        }
+    }
+
+    /// Cuts it off after this time, and then makes it again until it is answered. `false`: it had ended before.
+    async fn cut_off(self, client: &Client, place: &Place, after: Duration) -> bool {
+        // Whoever is gone has dropped the call: its stream is reset.
+        let first = tokio::time::timeout(after, self.make(client, place)).await;
+        if let Ok(answer) = &first {
+            answer.as_ref().unwrap_or_else(|error| panic!("{self:?}: {error}"));
+        }
+        until(&format!("{self:?} is answered"), || async {
+            match self.make(client, place).await {
+                Ok(()) => Some(()),
+                // Nobody else may say so: what was cut off is still at work.
+                Err(busy) if busy.code() == Code::Aborted => None,
+                Err(error) => panic!("{self:?}, cut off after {after:?}, again: {error}"),
+            }
+        })
+        .await;
+        first.is_err()
+    }
+}
+
+fn mounts_at(path: &Path) -> usize {
+    fs::read_to_string("/proc/self/mounts").unwrap().lines().filter(|line| line.split(' ').nth(1) == Some(text(path))).count()
+}
+
+/// By 80 MiB at least.
+async fn has_grown(driver: &Driver, place: &Place, bytes: u64) {
+    let total = driver.client.usage(&place.id, &place.target).await.unwrap()[0].total;
+    // XFS has a log of 64 MiB, which it does not count.
+    assert!(total.cast_unsigned() > bytes - 80 * MIB, "{bytes} bytes, of which {total} can be used");
+}
+
+/// What the call asked for is so, and once.
+async fn done(call: Call, lab: &Lab, driver: &Driver, place: &Place) {
+    let staged = || fs::read_dir(lab.path("driver/state/staged")).unwrap().count();
+    let wanted = match call {
+        Call::Stage => (usize::from(place.fs_type.is_some()), 0, 1),
+        Call::Publish | Call::Expand(_) => (usize::from(place.fs_type.is_some()), 1, 1),
+        Call::Unpublish => (usize::from(place.fs_type.is_some()), 0, 1),
+        Call::Unstage => (0, 0, 0),
+    };
+    assert_eq!((mounts_at(&place.staging), mounts_at(&place.target), staged()), wanted, "{call:?}: mounts and records");
+    match call {
+        Call::Publish if place.fs_type.is_some() => fs::write(place.target.join("f"), &place.id).unwrap(),
+        Call::Expand(bytes) => has_grown(driver, place, bytes).await,
+        Call::Unpublish => assert!(!place.target.exists()),
+        Call::Unstage => {
+            assert_eq!(driver.volume(&place.id).await.status.unwrap().device, None);
+            assert_eq!(fs::read_dir(lab.path("driver/state/run")).unwrap().count(), 0, "its device is left");
+        }
+        Call::Publish | Call::Stage => {}
+    }
+}
+
+/// The life of a volume, of which each call is cut off at a part of the time that it took in the first one, in which none is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_was_cut_off_anywhere_is_done_by_the_same_call_again() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    let client = driver.client.clone();
+    let mut cut: BTreeMap<Call, u32> = BTreeMap::new();
+    // No growth of a mounted ext4: growth.rs.
+    for (fs_type, grown) in [(Some("xfs"), Some(480 * MIB)), (Some("ext4"), None), (None, Some(480 * MIB))] {
+        let mut usual: BTreeMap<Call, Duration> = BTreeMap::new();
+        for moment in 0..MOMENTS {
+            let place = driver.place(&format!("{}-{moment}", fs_type.unwrap_or("raw")), 320 * MIB, fs_type).await;
+            let calls = [Some(Call::Stage), Some(Call::Publish), grown.map(Call::Expand), Some(Call::Unpublish), Some(Call::Unstage)];
+            for call in calls.into_iter().flatten() {
+                if let Call::Expand(bytes) = call {
+                    client.controller_expand(&place.id, bytes).await.unwrap();
+                }
+                if let Some(usual) = usual.get(&call) {
+                    let times = cut.entry(call).or_default();
+                    *times += u32::from(call.cut_off(&client, &place, *usual * moment / MOMENTS).await);
+                } else {
+                    let begun = Instant::now();
+                    call.make(&client, &place).await.unwrap();
+                    usual.insert(call, begun.elapsed());
+                }
+                done(call, &lab, &driver, &place).await;
+            }
+            driver.assert_copies_identical(&place.id).await;
+            if fs_type.is_some() {
+                client.stage(&place.id, &place.staging, fs_type).await.unwrap();
+                assert_eq!(fs::read_to_string(place.staging.join("f")).unwrap(), place.id);
+                client.unstage(&place.id, &place.staging).await.unwrap();
+            }
+            client.delete(&place.id).await.unwrap();
+        }
+    }
+    println!("figure: calls that were cut off: {cut:?}");
+    assert!(cut.values().all(|times| *times > 1), "not every call was cut off: {cut:?}");
+    driver.stop();
+}
+
+/// csi-node itself is killed while it expands; its successor serves the volume on, and is asked again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_expand_whose_csi_node_was_killed_is_done_by_the_next_one() {
+    let lab = Lab::new(2, 2400);
+    let mut driver = Driver::start(&lab).await;
+    driver.use_holder().await;
+    let (place, block) = (driver.place("xfs", 320 * MIB, Some("xfs")).await, driver.place("raw", 320 * MIB, None).await);
+    for place in [&place, &block] {
+        place.up(&driver.client).await.unwrap();
+    }
+    fs::write(place.target.join("f"), "kept").unwrap();
+    for round in 0..8u64 {
+        for place in [&place, &block] {
+            let bytes = (400 + round * 80) * MIB;
+            driver.client.controller_expand(&place.id, bytes).await.unwrap();
+            let (client, moved) = (driver.client.clone(), place.clone());
+            let expand = tokio::spawn(async move { client.node_expand(&moved.id, &moved.target, bytes).await });
+            tokio::time::sleep(Duration::from_millis(round * 4)).await;
+            driver.kill_node();
+            drop(expand.await);
+            driver.start_node().await;
+            let again = driver.client.node_expand(&place.id, &place.target, bytes).await;
+            assert_eq!(again.unwrap_or_else(|error| panic!("round {round}: {error}")), bytes.cast_signed());
+            has_grown(&driver, place, bytes).await;
+        }
+    }
+    assert_eq!(fs::read_to_string(place.target.join("f")).unwrap(), "kept");
+    for place in [&place, &block] {
+        place.down(&driver.client).await.unwrap();
+        driver.assert_copies_identical(&place.id).await;
+    }
+    driver.stop();
+}
