@@ -100,21 +100,39 @@ impl Demo {
     }
 }
 
-/// The kernel's header files of this machine, each written and fsynced.
+/// The kernel's header files of this machine.
+fn originals() -> anyhow::Result<Vec<PathBuf>> {
+    let entries = fs::read_dir("/usr/include/linux").context("no files to copy: apt-get install linux-libc-dev")?.flatten();
+    let files: Vec<_> = entries.map(|entry| entry.path()).filter(|path| path.is_file()).collect();
+    ensure!(!files.is_empty(), "no files to copy are in /usr/include/linux");
+    Ok(files)
+}
+
+/// Each written and fsynced.
 fn copy_with_fsync(to: &Path) -> anyhow::Result<()> {
     fs::create_dir_all(to)?;
-    for entry in fs::read_dir("/usr/include/linux").context("no files to copy: apt-get install linux-libc-dev")?.flatten() {
-        if entry.path().is_file() {
-            let file = to.join(entry.file_name());
-            fs::copy(entry.path(), &file)?;
-            fs::File::open(&file)?.sync_all()?;
-        }
+    for original in originals()? {
+        let file = to.join(original.file_name().unwrap_or_default());
+        fs::copy(&original, &file)?;
+        fs::File::open(&file)?.sync_all()?;
     }
     Ok(())
 }
 
-fn same_files(at: &Path) -> bool {
-    lockstep_native::succeeds("diff", &["-q", text(&at.join(format!("files-{CALM}"))), text(&at.join(format!("files-{STORM}")))])
+/// Whether both times that they were copied there they are what they are on this machine.
+fn same_files(at: &Path) -> anyhow::Result<()> {
+    for (seconds, original) in
+        [CALM, STORM].into_iter().flat_map(|seconds| originals().into_iter().flatten().map(move |file| (seconds, file)))
+    {
+        let copy = at.join(format!("files-{seconds}")).join(original.file_name().unwrap_or_default());
+        ensure!(
+            lockstep_native::succeeds("cmp", &["--silent", text(&original), text(&copy)]),
+            "{} is not {}",
+            copy.display(),
+            original.display()
+        );
+    }
+    Ok(())
 }
 
 async fn provision() -> anyhow::Result<Demo> {
@@ -193,7 +211,7 @@ async fn fail_and_rebuild(demo: &mut Demo) -> anyhow::Result<()> {
     let copies = demo.driver.copies(&demo.place.id).await;
     demo.compare(&copies).await?;
     for copy in &copies {
-        ensure!(alone(&demo.lab, copy, FS, same_files), "{} does not hold the files", copy.display());
+        alone(&demo.lab, copy, FS, same_files).with_context(|| format!("{} does not hold the files", copy.display()))?;
     }
     demo.story.done("each copy alone, loop-mounted read-only without the driver, holds the files");
     Ok(())
@@ -211,7 +229,7 @@ async fn kill_and_resync(demo: &mut Demo) -> anyhow::Result<()> {
     demo.place.up(&demo.driver.client).await?;
     demo.until_healthy().await;
     ensure!(fs::read_to_string(&last)? == "written just before the kill", "the last file is not what it was");
-    ensure!(same_files(&demo.place.target), "the files are not what they were");
+    same_files(&demo.place.target).context("the files are not what they were")?;
     let copied =
         demo.status().await.conditions.into_iter().find(|condition| condition.type_ == "Rebuilding").map(|condition| condition.message);
     let copied = copied.unwrap_or_default();
