@@ -158,15 +158,33 @@ pub fn empty(state: State, kind: Kind, end: End) -> Option<Empty> {
         (State::GivenUp, _, End::Gone | End::NoSpace | End::Lied) => {
             Rare('k', "rare: the budget lets no more disks fail then; what was asked of a leg that was replaced ends late (rule 15)")
         }
-        (State::Resync | State::Degraded | State::Rebuild | State::FullRebuild, Kind::Compare, _) => {
+        (State::Resync | State::Degraded | State::Rebuild | State::FullRebuild, Kind::Compare, _)
+        | (State::Healthy, Kind::Compare, End::Killed) => {
             Rare('t', "rare: a scrub waits for the end of a resync, and ends when a leg is lost (rule 30)")
         }
-        (_, Kind::BadBlocks, _) => {
+        (State::Assembling | State::Resync | State::GivenUp, Kind::BadBlocks, _)
+        | (State::Healthy | State::Degraded, Kind::BadBlocks, End::Error | End::Gone | End::Killed | End::PowerCut)
+        | (State::Rebuild | State::FullRebuild, Kind::BadBlocks, End::Gone | End::Killed) => {
             Rare('u', "rare: a block is lost only where the last good copy could not be read, and found again by a write (rule 22)")
         }
+        (State::GivenUp, Kind::Read, _)
+        | (State::GivenUp, Kind::Write | Kind::Zero | Kind::NextData | Kind::Superblock, End::Done | End::Error)
+        | (State::GivenUp, Kind::CopyRead | Kind::Witness, End::Done)
+        | (State::GivenUp, Kind::Flush | Kind::Bitmap, End::Error) => return None,
         (State::GivenUp, _, _) => Rare('r', "rare: what was under way when it gave up ends (rule 15)"),
-        (_, Kind::Witness, End::Killed | End::PowerCut) | (State::Rebuild | State::FullRebuild, Kind::Bitmap | Kind::Superblock, _) => {
-            Rare('s', "rare: a crash or fault between two steps of a change of who counts (rules 9, 23)")
+        (State::Healthy | State::Rebuild | State::FullRebuild, Kind::Witness, End::Killed | End::PowerCut)
+        | (State::Resync | State::Rebuild | State::FullRebuild, Kind::Bitmap | Kind::Superblock, End::Gone)
+        | (State::Rebuild, Kind::Superblock, End::Error | End::Killed)
+        | (State::Resync, Kind::Superblock, End::Error | End::Killed | End::PowerCut) => {
+            Rare('s', "rare: a crash or fault between two steps of a change of who counts, or of the size (rules 9, 23, 31)")
+        }
+        (State::Healthy, Kind::CopyWrite, End::Killed | End::PowerCut)
+        | (State::Degraded, Kind::CopyRead, End::Killed | End::PowerCut)
+        | (State::Degraded, Kind::CopyWrite, End::HostFault | End::Short | End::Killed | End::PowerCut) => {
+            Rare('v', "rare: a repair or resync that was under way when a leg went out (rules 22, 26)")
+        }
+        (State::Rebuild | State::FullRebuild, Kind::WriteFua | Kind::CopyWrite, End::NoSpace) => {
+            Rare('w', "rare: a leg is full while the other one is filled (rule 28)")
         }
         _ => return None,
     })
@@ -274,6 +292,15 @@ impl Coverage {
             missing.extend(names.iter().filter(|name| !counts.contains_key(**name)).map(|name| (*name).to_owned()));
         }
         missing
+    }
+
+    /// Cells that are empty for no reason.
+    pub fn unreached(&self) -> Vec<String> {
+        let cells = State::ALL
+            .iter()
+            .flat_map(|state| Kind::ALL.iter().flat_map(move |kind| End::ALL.iter().map(move |end| (*state, *kind, *end))));
+        let empty = cells.filter(|cell| !self.cells.contains_key(cell) && empty(cell.0, cell.1, cell.2).is_none());
+        empty.map(|(state, kind, end)| format!("{state:?} {kind:?} {end:?}")).collect()
     }
 
     /// Cells that were reached against the rule that forbids them.
