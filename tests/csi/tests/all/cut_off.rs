@@ -1,4 +1,4 @@
-//! Calls that are cut off: by a caller who goes away, by the end of csi-node. The same call again does it to its end.
+//! Calls that are cut off: by a caller who goes away, by the kill of a program that csi-node has at work. The same call again does it to its end.
 
 use std::{
     collections::BTreeMap,
@@ -12,6 +12,7 @@ use lockstep_csi_tests::{
     driver::{Driver, until},
     lab::{Lab, text},
 };
+use lockstep_native::run;
 use tonic::{Code, Status};
 
 const MIB: u64 = 1 << 20;
@@ -131,6 +132,75 @@ async fn a_call_that_was_cut_off_anywhere_is_done_by_the_same_call_again() {
     }
     println!("figure: calls that were cut off: {cut:?}");
     assert!(cut.values().all(|times| *times > 1), "not every call was cut off: {cut:?}");
+    driver.stop();
+}
+
+/// A program that csi-node runs: while a file beside it says when, it is killed so many seconds after it began, and whoever waits for it sees that.
+struct Killed<'a> {
+    lab: &'a Lab,
+    name: &'static str,
+}
+
+impl<'a> Killed<'a> {
+    fn new(lab: &'a Lab, name: &'static str) -> Self {
+        fs::create_dir_all(lab.path("programs")).unwrap();
+        let killed = Self { lab, name };
+        let (after, ends, program) = (killed.at("after"), killed.at("ends"), lab.path("programs").join(name));
+        let script = format!(
+            "#!/bin/sh\nPATH=${{PATH#*:}}\nafter=$(cat {after} 2>/dev/null) || exec {name} \"$@\"\nrm {after}\n\
+             {name} \"$@\" & sleep $after; kill -KILL $!; wait $!; echo $? >>{ends}; kill -KILL $$\n"
+        );
+        fs::write(&program, script).unwrap();
+        run("chmod", &["+x", text(&program)]);
+        killed
+    }
+
+    fn at(&self, what: &str) -> String {
+        text(&self.lab.path("programs").join(format!("{}.{what}", self.name))).to_owned()
+    }
+
+    /// The next time it runs.
+    fn after(&self, millis: u64) {
+        fs::write(self.at("after"), format!("0.{millis:03}")).unwrap();
+    }
+
+    /// How often it was killed before its end.
+    fn times(&self) -> usize {
+        assert!(!Path::new(&self.at("after")).exists(), "{} did not run", self.name);
+        fs::read_to_string(self.at("ends")).unwrap_or_default().lines().filter(|end| *end == "137").count()
+    }
+}
+
+/// At once and later.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_expansion_whose_xfs_growfs_was_killed_is_done_by_the_same_call_again() {
+    let lab = Lab::new(2, 1500);
+    let xfs_growfs = Killed::new(&lab, "xfs_growfs");
+    let mut driver = Driver::start(&lab).await;
+    driver.kill_node();
+    driver.use_programs(Some(&lab.path("programs")));
+    driver.start_node().await;
+    let client = driver.client.clone();
+    let size = async |place: &Place| client.usage(&place.id, &place.target).await.unwrap()[0].total;
+
+    let xfs = driver.place("xfs", 320 * MIB, Some("xfs")).await;
+    xfs.up(&client).await.unwrap();
+    fs::write(xfs.target.join("f"), "kept").unwrap();
+    for (round, millis) in [0, 1, 2, 3, 5, 8].into_iter().enumerate() {
+        let (before, bytes) = (size(&xfs).await, (6 + round as u64) * 64 * MIB);
+        client.controller_expand(&xfs.id, bytes).await.unwrap();
+        xfs_growfs.after(millis);
+        let failed = client.node_expand(&xfs.id, &xfs.target, bytes).await.unwrap_err();
+        assert!(failed.message().contains("xfs_growfs"), "{failed}");
+        assert_eq!(client.node_expand(&xfs.id, &xfs.target, bytes).await.unwrap(), bytes.cast_signed());
+        assert!(size(&xfs).await > before + (50 << 20), "killed after {millis} ms");
+        assert_eq!(fs::read_to_string(xfs.target.join("f")).unwrap(), "kept");
+    }
+    xfs.down(&client).await.unwrap();
+    driver.assert_copies_identical(&xfs.id).await;
+    run("xfs_repair", &["-n", "-f", text(&driver.copies(&xfs.id).await[0])]);
+    println!("figure: xfs_growfs was killed before its end {} times", xfs_growfs.times());
+    assert!(xfs_growfs.times() > 0, "it was never killed before its end");
     driver.stop();
 }
 
