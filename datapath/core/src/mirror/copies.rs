@@ -6,7 +6,7 @@
 //! Bad blocks (`bad_blocks.rs`) are passed over by every copy: no leg holds them. A buffer is taken last, so that whoever holds one only waits
 //! for leg I/O.
 
-use super::{Ended, Mirror, Purpose, Report, State};
+use super::{Ended, Mirror, Purpose, Report, State, flushes::Waiter, writes::Stage};
 use crate::{
     bad_blocks::Runs,
     fault::{Fault, classify, is_unreadable},
@@ -315,19 +315,35 @@ impl Mirror {
 
     /// What only one leg had space for was taken back, or could not be.
     fn mended(&mut self, id: EntryId, ok: bool, out: &mut Effects) {
+        if ok {
+            return self.refused(id, out);
+        }
+        if self.in_count() == 2 {
+            // What is read there from now on must not give way to what it was put over, with a power cut.
+            return self.submit_flush(Waiter::Refused(id), out);
+        }
+        self.kept(id, out);
+    }
+
+    /// Each leg keeps what it has of a write that found no space.
+    pub(super) fn kept(&mut self, id: EntryId, out: &mut Effects) {
         let both_in = self.in_count() == 2;
         let Some(write) = self.writes.get_mut(&id) else { return };
-        write.stage = super::writes::Stage::Issued;
-        if !ok && !both_in {
-            // Neither leg has the whole of it any more, and one is OUT, or on its way.
-            write.reports = [Report::NoSpace; 2];
-            return self.judge_write(id, out);
-        }
-        let range = write.range;
-        if !ok {
+        if both_in {
+            let range = write.range;
             self.mark_unsynced(range);
+            return self.refused(id, out);
         }
-        self.finish_write(id, Err(Errno::ENOSPC), out);
+        // Neither leg has the whole of it any more, and one is OUT, or on its way.
+        (write.stage, write.reports) = (Stage::Issued, [Report::NoSpace; 2]);
+        self.judge_write(id, out);
+    }
+
+    fn refused(&mut self, id: EntryId, out: &mut Effects) {
+        if let Some(write) = self.writes.get_mut(&id) {
+            write.stage = Stage::Issued;
+            self.finish_write(id, Err(Errno::ENOSPC), out);
+        }
     }
 
     pub(super) fn free_buffer(&mut self, index: u8, out: &mut Effects) {

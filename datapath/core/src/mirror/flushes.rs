@@ -19,6 +19,8 @@ pub(super) enum Waiter {
     Room(u64, Vec<(usize, u64)>),
     /// A write over bad blocks is done.
     Overwritten(EntryId),
+    /// No leg had space for a write, and it could not be taken back.
+    Refused(EntryId),
     /// A rebuild wants to be finished.
     Rebuilt(u64),
     /// A rebuild wants to remember how far it came.
@@ -137,6 +139,7 @@ impl Mirror {
                 Waiter::Clean(_) => self.arm_clean(),
                 Waiter::Room(number, regions) => self.room_flushed(number, &regions, result.is_ok()),
                 Waiter::Overwritten(id) => self.overwritten(id, result.is_ok(), out),
+                Waiter::Refused(id) => self.kept(id, out),
                 Waiter::Rebuilt(generation) => self.rebuilt_flushed(generation, result.is_ok()),
                 Waiter::Checkpoint(generation, block) if result.is_ok() => self.checkpoint_flushed(generation, block),
                 Waiter::Checkpoint(..) => {}

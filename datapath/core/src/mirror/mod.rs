@@ -161,7 +161,7 @@ pub struct Mirror {
     copies: BTreeMap<EntryId, Copy>,
     /// Passed the lock and the bits, waiting for the end of a drain.
     held: Vec<EntryId>,
-    reads_behind_copies: Vec<EntryId>,
+    held_reads: Vec<EntryId>,
     /// New writes are held: a leg is changing sides.
     draining: bool,
     woken: Vec<EntryId>,
@@ -242,7 +242,7 @@ impl Mirror {
             reads: BTreeMap::new(),
             copies: BTreeMap::new(),
             held: Vec::new(),
-            reads_behind_copies: Vec::new(),
+            held_reads: Vec::new(),
             draining: false,
             woken: Vec::new(),
             batch: None,

@@ -4,7 +4,8 @@
 //! block by block, so that only a block that no leg can read fails. Where the legs may differ it goes block by block at once. What one leg could
 //! not read and the other could is repaired. A read that touches a bad block (`bad_blocks.rs`) asks no leg. When the leg that a resync copied
 //! from is lost, what others read there may be on its way to the leg that is left: reads wait for that copy, or they would see new, old, new
-//! (rule 21).
+//! (rule 21). For the same reason nothing is read there from the leg that is left before the record without the other one is durable: after a kill
+//! that one could be what is read again.
 
 use alloc::vec::Vec;
 
@@ -52,8 +53,8 @@ impl Mirror {
             }
             return self.read_failed(id, out);
         };
-        if self.resync_lands_on(slot, piece) {
-            return self.reads_behind_copies.push(id);
+        if self.resync_lands_on(slot, piece) || (self.bitmap.unsynced(piece) && self.counts_until_out(slot.other())) {
+            return self.held_reads.push(id);
         }
         if let Some(read) = self.reads.get_mut(&id) {
             read.tried[slot.index()] = true;
@@ -64,9 +65,9 @@ impl Mirror {
         self.issue(slot, Purpose::Read(id), LegOp::Read { range: piece, buffer }, out);
     }
 
-    /// Those that wait for a copy's write, if it has ended.
+    /// Those that wait for a copy's write, if it has ended, or for a leg to be durably OUT.
     pub(super) fn pump_reads(&mut self, out: &mut Effects) {
-        for id in core::mem::take(&mut self.reads_behind_copies) {
+        for id in core::mem::take(&mut self.held_reads) {
             self.issue_read(id, out);
         }
     }

@@ -91,7 +91,9 @@ impl Mirror {
     fn fits(&self, range: BlockRange) -> bool {
         let (new, own) = self.bitmap.counts_of(range);
         let counted = self.bitmap.counted();
-        !self.bitmap.closing(range) && (new == 0 || counted + new <= self.cap() || counted == own)
+        // While there are too many, a clear that is on its way is not taken back.
+        let brings_none = new == 0 && (counted <= self.cap() || !self.bitmap.clearing(range));
+        !self.bitmap.closing(range) && (brings_none || counted + new <= self.cap() || counted == own)
     }
 
     /// Whether what is to be written to this range waits. A write that overlaps one in the queue goes behind it.

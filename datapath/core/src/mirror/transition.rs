@@ -71,6 +71,12 @@ impl Transition {
 }
 
 impl Mirror {
+    /// Whether this leg is on its way out and counts until a record says otherwise, and one will: the witness takes it, as far as is known.
+    pub(super) fn counts_until_out(&self, slot: Slot) -> bool {
+        let given_up = self.read_only.is_some() || self.transition.as_ref().is_some_and(|transition| transition.tries >= WITNESS_TRIES);
+        self.legs[slot.index()].state == State::Leaving && !given_up
+    }
+
     /// Whether the last record that was tried may be on the disks, and does not hold.
     pub(super) fn is_restating(&self) -> bool {
         self.restate || self.transition.as_ref().is_some_and(|transition| transition.kind == Kind::Restate)

@@ -83,6 +83,22 @@ fn rule_28_what_was_refused_does_not_come_back_with_a_power_cut() {
 }
 
 #[test]
+fn rule_28_what_could_not_be_taken_back_is_durable_as_it_is_before_the_answer() {
+    for seed in 0..20 {
+        let mut world = warm(seed);
+        let before = world.write(range(0, 16));
+        answered(&mut world, &[before]);
+        world.disks.iter_mut().for_each(|disk| disk.full = true);
+        let write = world.write(range(4, 12));
+        answered(&mut world, &[write]);
+        assert_eq!(world.answers[&write], Err(Errno::ENOSPC));
+        for disk in &world.disks {
+            assert!((4..12).all(|block| !disk.cache.contains_key(&block)), "seed {seed}: {disk:?}");
+        }
+    }
+}
+
+#[test]
 fn rule_28_where_the_legs_differ_already_nothing_is_taken_back_from_the_one_that_is_not_pinned() {
     for (seed, full) in (0..20).flat_map(|seed| [(seed, 0), (seed, 1)]) {
         // Where the resync does not come to.

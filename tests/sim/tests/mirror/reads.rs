@@ -1,8 +1,11 @@
 //! Reads beside writes (mirror rule 7).
 
-use lockstep_core::units::Errno;
+use lockstep_core::{
+    io::{LegOp, Notice},
+    units::{Errno, Slot},
+};
 
-use crate::{range, warm};
+use crate::{answered, cut_off, range, warm};
 
 /// A read of [4, 6) beside a write of [4, 5) that came after it and is taken back, because one leg has no space for it. What the read saw
 /// must be what is there afterwards.
@@ -33,4 +36,29 @@ fn rule_07_a_write_that_comes_while_a_read_is_under_way_is_not_read_before_it_is
 #[test]
 fn rule_07_a_write_that_comes_while_a_read_waits_for_another_one_is_not_read_before_it_is_final() {
     (0..100).for_each(|seed| read_beside_a_write_that_is_taken_back(seed, true));
+}
+
+#[test]
+fn rule_21_where_the_legs_may_differ_nothing_is_read_from_the_one_that_is_left_before_the_other_is_durably_out() {
+    for seed in 0..20 {
+        // A, which is pinned, has 2 there, and B has 3.
+        let mut world = warm(seed);
+        cut_off(&mut world, 4000, [2, 3]);
+        while world.in_flight().iter().all(|(_, _, op)| !matches!(op, LegOp::NextData { .. })) {
+            assert!(world.step(), "no resync");
+        }
+        world.stuck = world.in_flight().iter().map(|(io, ..)| *io).collect();
+        assert_eq!(world.read_now(4000), Ok(2));
+        world.disks[0].dead = true;
+        // Where the resync does not come to.
+        world.write(range(3000, 3001));
+        while !world.notices.iter().any(|notice| matches!(notice, Notice::LegFailed { slot: Slot::A, .. })) {
+            assert!(world.step(), "it never fails");
+        }
+        world.stuck.clear();
+        let read = world.read(range(4000, 4001));
+        answered(&mut world, &[read]);
+        assert!(world.notices.contains(&Notice::LegOut { slot: Slot::A }), "seed {seed}: A may be read again after a kill");
+        assert_eq!((world.answers[&read], world.found(read)), (Ok(()), Some(3)));
+    }
 }
