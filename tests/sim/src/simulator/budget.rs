@@ -5,7 +5,7 @@ use lockstep_core::{
     io::{Fill, LegOp, Outcome, Request},
     membership::MemberState,
     status::LegState,
-    units::{Errno, IoId, Slot},
+    units::{BlockRange, Errno, IoId, Slot},
 };
 
 use super::{
@@ -54,6 +54,7 @@ impl Machine {
             | Fault::Flaky(_) => None,
         };
         let allowed = match (fault, one) {
+            (Fault::Unreadable(slot, range), _) => self.may_fail(slot) && !self.is_unreadable(range),
             (_, Some(slot)) => self.may_fail(slot),
             (Fault::NoSpace(None, _), _) => Slot::BOTH.into_iter().all(|slot| self.carries(slot)),
             (Fault::BusReset, _) => {
@@ -110,11 +111,9 @@ impl Machine {
                 "EIO of the last leg"
             }
             Fault::LastUnreadable(range) => {
-                // Where nothing was ever written, a rebuild neither reads the one nor writes the other: nobody would find that neither can be read.
-                let written = self.history.blocks();
-                let unreadable = |disk: &usize| self.disks[*disk].trouble.unreadable.range(range.start..range.end);
                 let Some(disk) = self.lone().filter(|disk| self.disks[*disk].trouble.is_sound()) else { return };
-                if self.place.iter().flatten().flat_map(unreadable).any(|block| !written.contains(block)) {
+                // What a rebuild has copied already, or what was never written, it does not look at: nobody would find that neither can be read.
+                if self.is_unreadable(range) {
                     return;
                 }
                 self.disks[disk].trouble.unreadable.extend(range.start..range.end);
@@ -130,6 +129,11 @@ impl Machine {
             }
         };
         *self.coverage.faults.entry(name).or_default() += 1;
+    }
+
+    /// Whether a disk in one of the places has unreadable blocks there.
+    fn is_unreadable(&self, range: BlockRange) -> bool {
+        self.place.iter().flatten().any(|disk| self.disks[*disk].trouble.unreadable.range(range.start..range.end).next().is_some())
     }
 
     /// Fails what is in flight and was not done; a part of it is done.

@@ -571,11 +571,13 @@ impl Machine {
     /// 30 s is in running time (mirror rule 27), and nothing that a disk which is not frozen was asked runs so long.
     fn pause(&mut self, seconds: u64) {
         *self.coverage.others.entry("pauses").or_default() += 1;
+        // What hung for long may be late whether the process stands still or not.
+        let hung = self.work.values().any(|work| work.disk.is_some() && work.since.plus_millis(10_000) <= self.now);
         self.now = self.now.plus_millis(seconds * 1000);
         let before = self.status.legs;
         self.handle(Event::Tick);
         let frozen = self.place.iter().flatten().any(|disk| self.disks[*disk].trouble.frozen);
-        if !frozen && self.status.legs != before {
+        if !frozen && !hung && self.status.legs != before {
             self.breaks("availability", format!("the process stood still for {seconds} s and a leg went out"));
         }
     }

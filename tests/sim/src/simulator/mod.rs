@@ -13,14 +13,14 @@
 //! - Host faults and short counts on every disk, fewer than the reissues in a row; more are the leg's.
 //! - A moment in which both disks fail what they have in flight, both disks full, an error of the last leg, or blocks of it that cannot be
 //!   read: no answer is lost, but requests may end with errors. Otherwise a request that ends with an error breaks an oracle.
-//! - No block that was never written is unreadable on both disks.
+//! - No block is made unreadable on one disk that is so on the other one.
 //! - When the mirror gave up, because its last leg could not record who counts, what was not answered may change at the next start.
 //! - At a start, any disks may be missing, in any order. If none is there that the witness counts, assembly must refuse; if one is, it
 //!   must not. What is missing returns later, stale. Beside a slot of the witness that was torn, or has gone bad, it may refuse until all are there.
 //! - The witness fails for a while; or is lost in a crash while both legs' disks are there and hold superblocks. Then assembly
 //!   must refuse one leg alone, and take both.
 //! - In a crash, both slots of bitmap pages go bad, on any disks: what they covered is dirty. When no list of bad blocks is valid, assembly must refuse.
-//! - The process stands still, for up to an hour, with I/O outstanding: nobody goes OUT.
+//! - The process stands still, for up to an hour, with I/O outstanding that did not hang before: nobody goes OUT.
 //! - The object's copy of the epoch lags, or is lost.
 //! - Where the operator asked for write-behind: what one leg alone had answered at a crash, and not flushed before, is lost with that leg; a flush
 //!   after the crash covers it when the legs are equal.
