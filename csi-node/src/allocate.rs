@@ -360,6 +360,7 @@ impl<S: Store> Node<S> {
         }
         self.remove_legs(found).await?;
         crate::state_dir::remove_record(&self.state.witness(&uid))?;
+        crate::state_dir::remove_record(&self.state.growing(&uid))?;
         crate::state_dir::remove_record(&self.state.assembling(&uid))?;
         self.remove_finalizer(volume).await?;
         info!("deleted");

@@ -15,12 +15,12 @@ use std::{
 use lockstep_datapath::errand::{self, Errand};
 use lockstep_proto::objects::{FormatState, FormatStatus, FsType};
 use serde::{Deserialize, Serialize};
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::{
     disks::probe::{self, Found, Signature},
     error::Error,
-    tool,
+    state_dir, tool,
 };
 
 /// The name that mkfs and mount know it by.
@@ -110,22 +110,28 @@ pub fn format(device: &Path, fs_type: FsType, uuid: &str, again: bool) -> Result
     Ok(())
 }
 
-/// Repairs what can be repaired without a question, and gives the file system the whole device. Blocks.
+/// Repairs what can be repaired without a question, and gives the file system the whole device. `growing` is there, durably, while resize2fs works:
+/// what it leaves when it is cut off e2fsck asks about, and is told to go on. Blocks.
 ///
 /// # Errors
-/// `Error::Tool` if it needs a person.
-pub fn prepare(device: &Path, fs_type: FsType, bytes: u64) -> Result<(), Error> {
+/// `Error::Tool` if it needs a person; `Error::State`.
+pub fn prepare(device: &Path, fs_type: FsType, bytes: u64, growing: &Path) -> Result<(), Error> {
     // XFS replays its log at mount, and grows mounted.
     if fs_type == FsType::Xfs {
         return Ok(());
     }
-    check(device, &["-p"])?;
+    let cut_off = growing.exists();
+    if cut_off {
+        warn!(device = %device.display(), "its growth was cut off: e2fsck repairs what that left");
+    }
+    check(device, if cut_off { &["-f", "-y"] } else { &["-p"] })?;
     if ext4_bytes(device)? < bytes {
         check(device, &["-f", "-p"])?;
         info!(device = %device.display(), bytes, "growing ext4");
+        state_dir::write_record(growing, &bytes)?;
         tool::run("resize2fs", [device])?;
     }
-    Ok(())
+    Ok(state_dir::remove_record(growing)?)
 }
 
 fn check(device: &Path, options: &[&str]) -> Result<(), Error> {

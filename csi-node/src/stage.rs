@@ -143,9 +143,9 @@ impl<S: Store> Node<S> {
                 self.record_format(staged, FormatState::Formatted, &uuid).await?;
             }
         }
-        let (staged, bytes) = (staged.clone(), open.bytes());
+        let (staged, bytes, growing) = (staged.clone(), open.bytes(), self.state.growing(&staged.uid));
         blocking(&staged.volume.clone(), move || {
-            file_system::prepare(&device, fs_type, bytes)?;
+            file_system::prepare(&device, fs_type, bytes, &growing)?;
             file_system::mount(&device, &staged.staging_path, fs_type, &staged.mount_flags)?;
             let read_only = staged.mount_flags.iter().any(|flag| flag == "ro");
             if fs_type == lockstep_proto::objects::FsType::Xfs && !read_only {

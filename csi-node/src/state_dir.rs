@@ -45,7 +45,7 @@ pub enum StateError {
     },
 }
 
-/// How long a csi-node that was killed may take to end.
+/// How long a csi-node that was killed, and its children, may take to end.
 const DYING_GRACE: Duration = Duration::from_secs(2);
 
 /// An open state directory.
@@ -60,8 +60,8 @@ fn io_error(path: &Path) -> impl FnOnce(io::Error) -> StateError + '_ {
 }
 
 impl StateDir {
-    /// Opens it, makes it if it is not there, and locks it until the process ends. `before_is_dying`: whoever may have the lock was killed and
-    /// cannot end; after a moment its lock is not waited for.
+    /// Opens it, makes it if it is not there, and locks it until the process ends. A lock is waited for for a moment: a child of a csi-node that was
+    /// killed has it until it becomes another program. `before_is_dying`: whoever may have it was killed and cannot end; it is passed over then.
     ///
     /// # Errors
     /// `StateError::InUse` if another process has it.
@@ -77,7 +77,7 @@ impl StateDir {
         let lock = |file: File| flock(&file, FlockOperation::NonBlockingLockExclusive).ok().map(|()| file);
         let mut locked = lock(open()?);
         let patience = Instant::now() + DYING_GRACE;
-        while locked.is_none() && before_is_dying && Instant::now() < patience {
+        while locked.is_none() && Instant::now() < patience {
             std::thread::sleep(Duration::from_millis(20));
             locked = lock(open()?);
         }
@@ -113,6 +113,11 @@ impl StateDir {
     /// A volume's staged record.
     pub fn staged(&self, uid: &str) -> PathBuf {
         self.root.join("staged").join(format!("{uid}.yaml"))
+    }
+
+    /// There while its ext4 is given more space.
+    pub fn growing(&self, uid: &str) -> PathBuf {
+        self.root.join("staged").join(format!("{uid}.growing"))
     }
 
     /// All of them.

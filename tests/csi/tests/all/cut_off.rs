@@ -204,6 +204,40 @@ async fn an_expansion_whose_xfs_growfs_was_killed_is_done_by_the_same_call_again
     driver.stop();
 }
 
+/// An ext4 that grows when it is staged: what resize2fs left behind is repaired without a person, and nothing of it is lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_ext4_whose_resize2fs_was_killed_is_staged_by_the_same_call_again() {
+    let lab = Lab::new(2, 2400);
+    let resize2fs = Killed::new(&lab, "resize2fs");
+    let mut driver = Driver::start(&lab).await;
+    driver.kill_node();
+    driver.use_programs(Some(&lab.path("programs")));
+    driver.start_node().await;
+    let client = driver.client.clone();
+    let place = driver.place("ext4", 64 * MIB, Some("ext4")).await;
+    client.stage(&place.id, &place.staging, Some("ext4")).await.unwrap();
+    let content: Vec<u8> = (0..8 * MIB).map(|at| (at / 4096 % 251) as u8).collect();
+    fs::write(place.staging.join("f"), &content).unwrap();
+    for round in 0..12u64 {
+        client.unstage(&place.id, &place.staging).await.unwrap();
+        let bytes = (2 + round) * 128 * MIB;
+        client.controller_expand(&place.id, bytes).await.unwrap();
+        resize2fs.after(1 + round);
+        let failed = client.stage(&place.id, &place.staging, Some("ext4")).await.unwrap_err();
+        assert!(failed.message().contains("resize2fs"), "{failed}");
+        client.stage(&place.id, &place.staging, Some("ext4")).await.unwrap_or_else(|error| panic!("round {round}: {error}"));
+        assert!(fs::read(place.staging.join("f")).unwrap() == content, "round {round}");
+        let total = client.usage(&place.id, &place.staging).await.unwrap()[0].total;
+        assert!(total.cast_unsigned() > bytes / 10 * 9, "{total} of {bytes}");
+    }
+    client.unstage(&place.id, &place.staging).await.unwrap();
+    driver.assert_copies_identical(&place.id).await;
+    run("e2fsck", &["-f", "-n", text(&driver.copies(&place.id).await[0])]);
+    println!("figure: resize2fs was killed before its end {} times", resize2fs.times());
+    assert!(resize2fs.times() > 0, "it was never killed before its end");
+    driver.stop();
+}
+
 /// csi-node itself is killed while it expands; its successor serves the volume on, and is asked again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_expand_whose_csi_node_was_killed_is_done_by_the_next_one() {
