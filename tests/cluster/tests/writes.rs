@@ -72,6 +72,12 @@ impl Rig {
         volumes.flatten().flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
     }
 
+    /// The names of the lab's disks.
+    fn names(&self) -> Vec<String> {
+        let mounts = (0..self.lab.disks()).filter_map(|number| self.lab.mount_of(number));
+        mounts.filter_map(|mount| Some(mount.file_name()?.to_string_lossy().into_owned())).collect()
+    }
+
     async fn volumes(&self) -> Vec<MirrorVolume> {
         store().await.list().await.expect("the API").objects
     }
@@ -114,7 +120,11 @@ async fn after_any_number_of_writes_each_may_die_and_a_volume_is_made_and_remove
         println!("{who:?} died {created} times while a volume was made, and {deleted} while one was removed; lost: {lost:?}");
         assert!((1..MOST).contains(&created) && (1..MOST).contains(&deleted), "{created} and {deleted}");
     }
-    let free = async || rig.driver.disks().await.iter().all(|disk| disk.status.as_ref().is_some_and(|status| status.allocated_bytes == 0));
+    // Others have left disks of their own in this API.
+    let free = async || {
+        let disks = rig.driver.disks().await.into_iter().filter(|disk| rig.names().contains(disk.metadata.name.as_ref().unwrap()));
+        disks.into_iter().all(|disk| disk.status.is_some_and(|status| status.allocated_bytes == 0))
+    };
     until("all space is free", || async { free().await.then_some(()) }).await;
     rig.driver.stop();
 }
