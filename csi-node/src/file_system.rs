@@ -126,7 +126,10 @@ pub fn prepare(device: &Path, fs_type: FsType, bytes: u64, growing: &Path) -> Re
     }
     check(device, if cut_off { &["-f", "-y"] } else { &["-p"] })?;
     if ext4_bytes(device)? < bytes {
-        check(device, &["-f", "-p"])?;
+        if !cut_off {
+            // All of it, as resize2fs asks for.
+            check(device, &["-f", "-p"])?;
+        }
         info!(device = %device.display(), bytes, "growing ext4");
         state_dir::write_record(growing, &bytes)?;
         tool::run("resize2fs", [device])?;
