@@ -68,7 +68,7 @@ impl World {
                     failed => failed,
                 }
             }
-            _ => Outcome::Failed(HOST_ERRNOS[self.rng.below(5) as usize]),
+            _ => Outcome::Failed(HOST_ERRNOS[self.rng.below(HOST_ERRNOS.len() as u64) as usize]),
         }
     }
 

@@ -283,12 +283,12 @@ impl Machine {
         }
         if take(&mut trouble.host_faults) {
             trouble.suspect = true;
-            let errno = HOST_ERRNOS[usize::from(trouble.host_faults) % 5];
+            let errno = HOST_ERRNOS[usize::from(trouble.host_faults) % HOST_ERRNOS.len()];
             return (Outcome::Failed(errno), End::HostFault);
         }
         if range.is_some() && take(&mut trouble.no_space) {
             trouble.suspect = true;
-            let errno = FULL_ERRNOS[usize::from(trouble.no_space) % 2];
+            let errno = FULL_ERRNOS[usize::from(trouble.no_space) % FULL_ERRNOS.len()];
             self.excused = true;
             self.may_differ = true;
             self.do_a_part(disk, work);
@@ -325,7 +325,7 @@ impl Machine {
             LegOp::Read { range, .. } | LegOp::Write { range, .. } if range.len() > 1 && self.rng.once_in(2) => {
                 (*range, BlockRange::new(range.start, range.start + self.rng.below(range.len())))
             }
-            _ => return (Outcome::Failed(HOST_ERRNOS[self.rng.below(5) as usize]), End::HostFault),
+            _ => return (Outcome::Failed(HOST_ERRNOS[self.rng.below(HOST_ERRNOS.len() as u64) as usize]), End::HostFault),
         };
         // Not even whole blocks.
         let bytes = part.byte_len() + 512 * self.rng.below(8);
