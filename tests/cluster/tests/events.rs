@@ -8,7 +8,7 @@ use k8s_openapi::api::{
     events::v1::Event,
 };
 use kube::{
-    Api, Client, Resource,
+    Api, Client,
     api::{ListParams, PostParams},
 };
 use lockstep_cluster_tests::{
@@ -20,7 +20,7 @@ use lockstep_csi_tests::{
     lab::{Lab, text},
 };
 use lockstep_proto::{crds, objects::MirrorVolume};
-use lockstep_store::{Kubernetes, Store};
+use lockstep_store::Store;
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -39,15 +39,6 @@ async fn events(client: &Client, uid: &str) -> BTreeMap<String, (String, i32, St
 
 async fn event(client: &Client, uid: &str, reason: &str) -> (String, i32, String) {
     until(reason, || async { events(client, uid).await.remove(reason) }).await
-}
-
-async fn until_ready_is(driver: &Driver<Kubernetes>, id: &str, reason: &str) -> MirrorVolume {
-    until(reason, || async {
-        let volume = driver.volume(id).await;
-        let ready = volume.status.as_ref()?.conditions.iter().find(|condition| condition.type_ == "Ready")?;
-        (ready.reason == reason).then_some(volume)
-    })
-    .await
 }
 
 /// A claim and the PersistentVolume that it is bound to, as the provisioner makes it; here by hand, and so with a name of its own.
@@ -88,8 +79,8 @@ async fn what_happens_to_a_volume_is_told_once_to_its_claim_the_volume_the_disk_
     let place = driver.place("told", 512 * MIB, Some("ext4")).await;
     let claim = claim_of(&client, &place.id).await;
     place.up(&driver.client).await.unwrap();
-    let volume = until_ready_is(&driver, &place.id, "Healthy").await;
-    let (uid, legs) = (volume.meta().uid.clone().unwrap(), volume.status.unwrap().legs);
+    let legs = driver.until_ready_is(&place.id, "Healthy").await.legs;
+    let uid = driver.volume(&place.id).await.metadata.uid.unwrap();
     assert!(events(&client, &claim).await.is_empty(), "nothing is wrong, and nothing was");
     let disks = driver.disks().await;
     let disk_uid =
@@ -99,10 +90,10 @@ async fn what_happens_to_a_volume_is_told_once_to_its_claim_the_volume_the_disk_
         assert_eq!((kind.as_str(), count), ("Normal", 1), "{note}");
     }
 
-    let lost = (0..2).find(|number| lab.mount_of(*number).is_some_and(|mount| mount.ends_with(&legs[1].disk))).unwrap();
+    let lost = lab.number_of(&legs[1].disk);
     lab.fail_disk(lost);
     std::fs::write(place.target.join("file"), "written to the other copy").unwrap();
-    until_ready_is(&driver, &place.id, "Degraded").await;
+    driver.until_ready_is(&place.id, "Degraded").await;
     let place_of_disk = lab.device(lost).display().to_string();
     for about in [&claim, &uid] {
         let (kind, count, note) = event(&client, about, "MirrorDegraded").await;
@@ -121,7 +112,7 @@ async fn what_happens_to_a_volume_is_told_once_to_its_claim_the_volume_the_disk_
     for _ in 0..2 {
         driver.kill_node();
         driver.start_node().await;
-        until_ready_is(&driver, &place.id, "Degraded").await;
+        driver.until_ready_is(&place.id, "Degraded").await;
     }
     tokio::time::sleep(Duration::from_secs(3)).await;
     assert_eq!(
@@ -130,7 +121,7 @@ async fn what_happens_to_a_volume_is_told_once_to_its_claim_the_volume_the_disk_
     );
 
     lab.add_disk(1200);
-    until_ready_is(&driver, &place.id, "Healthy").await;
+    driver.until_ready_is(&place.id, "Healthy").await;
     for about in [&claim, &uid] {
         event(&client, about, "MirrorHealthy").await;
         let told = events(&client, about).await;

@@ -1,7 +1,7 @@
 //! csi-controller and csi-node die after any number of writes to a real Kubernetes API, and what was asked for comes about all the same.
 #![allow(missing_docs)]
 
-use std::fs;
+use std::{fs, path::PathBuf};
 
 use lockstep_cluster_tests::{
     client, define,
@@ -65,17 +65,20 @@ impl Rig {
         died
     }
 
+    /// Where the lab's disks are mounted.
+    fn mounts(&self) -> impl Iterator<Item = PathBuf> {
+        (0..self.lab.disks()).filter_map(|number| self.lab.mount_of(number))
+    }
+
     /// The directories of copies on the disks.
     fn copies(&self) -> Vec<String> {
-        let mounts = (0..self.lab.disks()).filter_map(|number| self.lab.mount_of(number));
-        let volumes = mounts.filter_map(|mount| fs::read_dir(mount.join("volumes")).ok());
+        let volumes = self.mounts().filter_map(|mount| fs::read_dir(mount.join("volumes")).ok());
         volumes.flatten().flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
     }
 
     /// The names of the lab's disks.
     fn names(&self) -> Vec<String> {
-        let mounts = (0..self.lab.disks()).filter_map(|number| self.lab.mount_of(number));
-        mounts.filter_map(|mount| Some(mount.file_name()?.to_string_lossy().into_owned())).collect()
+        self.mounts().filter_map(|mount| Some(mount.file_name()?.to_string_lossy().into_owned())).collect()
     }
 
     async fn volumes(&self) -> Vec<MirrorVolume> {

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lockstep_proto::objects::{LocalDisk, MirrorVolume};
+use lockstep_proto::objects::{LocalDisk, MirrorVolume, MirrorVolumeStatus};
 use lockstep_store::{Directory, Error, Store};
 
 use crate::{
@@ -300,6 +300,20 @@ impl<S: Store> Driver<S> {
     /// A volume's object.
     pub async fn volume(&self, id: &str) -> MirrorVolume {
         self.store.get(id).await.expect("the store").unwrap_or_else(|| panic!("{id} has no object"))
+    }
+
+    /// What its object says of how it is.
+    pub async fn status(&self, id: &str) -> MirrorVolumeStatus {
+        self.volume(id).await.status.unwrap_or_else(|| panic!("{id} has no status"))
+    }
+
+    /// The same, once its condition Ready has this reason.
+    pub async fn until_ready_is(&self, id: &str, reason: &str) -> MirrorVolumeStatus {
+        until(&format!("{id} {reason}"), || async {
+            let status = self.volume(id).await.status?;
+            status.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.reason == reason).then_some(status)
+        })
+        .await
     }
 
     /// Annotates a volume's object, as `kubectl annotate` does: names without their prefix.

@@ -82,6 +82,12 @@ impl Lab {
         here.find_map(|(_, rest)| rest.split(' ').next()).map(PathBuf::from)
     }
 
+    /// The number of the disk that csi-node gave this name, and mounted.
+    pub fn number_of(&self, disk: &str) -> usize {
+        let named = |number: &usize| self.mount_of(*number).is_some_and(|mount| mount.ends_with(disk));
+        (0..self.disks()).find(named).unwrap_or_else(|| panic!("{disk} is not mounted"))
+    }
+
     /// The kernel shuts the disk's file system down: every I/O to it fails from now on.
     pub fn fail_disk(&self, number: usize) {
         let mount = self.mount_of(number).expect("the disk is mounted");
@@ -125,6 +131,12 @@ impl Drop for Lab {
     fn drop(&mut self) {
         tear_down(self.dir.path());
     }
+}
+
+/// How many mounts there are at a path.
+pub fn mounts_at(path: &Path) -> usize {
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("/proc");
+    mounts.lines().filter(|line| line.split(' ').nth(1) == Some(text(path))).count()
 }
 
 /// A path as text.

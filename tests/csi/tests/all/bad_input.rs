@@ -197,11 +197,7 @@ async fn damaged_metadata_takes_a_copy_out_and_never_the_volume() {
     place.up(&driver.client).await.unwrap();
     assert_eq!(fs::read_to_string(place.target.join("f")).unwrap(), "x");
     // The copy is made again, on the same disk, since there is no other.
-    until("healthy", || async {
-        let status = driver.volume(&place.id).await.status?;
-        status.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.reason == "Healthy").then_some(())
-    })
-    .await;
+    driver.until_ready_is(&place.id, "Healthy").await;
     place.down(&driver.client).await.unwrap();
     for meta in metas(&driver).await {
         damage(&meta);

@@ -10,7 +10,7 @@ use std::{
 use lockstep_csi_tests::{
     client::{Client, Place},
     driver::{Driver, until},
-    lab::{Lab, text},
+    lab::{Lab, mounts_at, text},
 };
 use lockstep_native::run;
 use tonic::{Code, Status};
@@ -59,10 +59,6 @@ impl Call {
         .await;
         first.is_err()
     }
-}
-
-fn mounts_at(path: &Path) -> usize {
-    fs::read_to_string("/proc/self/mounts").unwrap().lines().filter(|line| line.split(' ').nth(1) == Some(text(path))).count()
 }
 
 /// By 80 MiB at least.

@@ -19,22 +19,9 @@ use lockstep_proto::{
 
 const MIB: u64 = 1 << 20;
 
-async fn status(driver: &Driver, id: &str) -> MirrorVolumeStatus {
-    driver.volume(id).await.status.expect("a volume has a status")
-}
-
-async fn until_ready_is(driver: &Driver, id: &str, reason: &str) -> MirrorVolumeStatus {
-    until(reason, || async {
-        let status = status(driver, id).await;
-        status.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.reason == reason).then_some(status)
-    })
-    .await
-}
-
-/// The lab's number of the disk that the second leg is on.
+/// The lab's number of the disk that a leg is on.
 async fn disk_of_leg(lab: &Lab, driver: &Driver, id: &str, leg: usize) -> usize {
-    let disk = status(driver, id).await.legs[leg].disk.clone();
-    (0..8).find(|number| lab.mount_of(*number).is_some_and(|mount| mount.ends_with(&disk))).expect("the leg's disk is mounted")
+    lab.number_of(&driver.status(id).await.legs[leg].disk)
 }
 
 /// All of it under load: a disk is lost, nobody notices; a new one is claimed, the volume rebuilds by itself; the old disk comes back, and
@@ -45,13 +32,13 @@ async fn a_lost_disk_is_replaced_by_a_new_one_under_load_and_the_old_copy_goes_w
     let mut driver = Driver::start(&lab).await;
     let place = driver.place("db", 512 * MIB, Some("ext4")).await;
     place.up(&driver.client).await.unwrap();
-    until_ready_is(&driver, &place.id, "Healthy").await;
+    driver.until_ready_is(&place.id, "Healthy").await;
     let mut load = load::on_files(&place.target, 25);
     tokio::time::sleep(Duration::from_secs(2)).await;
     let lost = disk_of_leg(&lab, &driver, &place.id, 1).await;
-    let lost_name = status(&driver, &place.id).await.legs[1].disk.clone();
+    let lost_name = driver.status(&place.id).await.legs[1].disk.clone();
     lab.fail_disk(lost);
-    let degraded = until_ready_is(&driver, &place.id, "Degraded").await;
+    let degraded = driver.until_ready_is(&place.id, "Degraded").await;
     let message = &degraded.conditions.iter().find(|condition| condition.type_ == "Degraded").unwrap().message;
     assert!(message.contains("add a disk"), "{message}");
     assert_eq!((degraded.legs[0].state, degraded.legs[1].state), (LegState::In, LegState::Out));
@@ -64,7 +51,7 @@ async fn a_lost_disk_is_replaced_by_a_new_one_under_load_and_the_old_copy_goes_w
     assert!(log.contains("MirrorDegraded") && log.contains("DiskFailed"), "{log}");
 
     lab.add_disk(1200);
-    let healthy = until_ready_is(&driver, &place.id, "Healthy").await;
+    let healthy = driver.until_ready_is(&place.id, "Healthy").await;
     assert!(healthy.legs.iter().all(|leg| leg.state == LegState::In && leg.disk != lost_name), "{healthy:?}");
     assert!(load.runs(), "the load was over before the rebuild");
     assert!(load.succeeded(), "the load saw an error");
@@ -95,7 +82,7 @@ async fn case_14_a_leg_that_fails_while_the_objects_are_away_stalls_nobody_and_t
     let mut driver = Driver::start(&lab).await;
     let place = driver.place("away", 256 * MIB, Some("ext4")).await;
     place.up(&driver.client).await.unwrap();
-    until_ready_is(&driver, &place.id, "Healthy").await;
+    driver.until_ready_is(&place.id, "Healthy").await;
     let lost = disk_of_leg(&lab, &driver, &place.id, 1).await;
     let objects = driver.node_log().with_file_name("objects");
     let away = objects.with_extension("away");
@@ -113,7 +100,7 @@ async fn case_14_a_leg_that_fails_while_the_objects_are_away_stalls_nobody_and_t
     assert!(load.succeeded(), "the load saw an error");
     assert!(!objects.exists(), "nobody makes the objects anew");
     fs::rename(&away, &objects).unwrap();
-    let degraded = until_ready_is(&driver, &place.id, "Degraded").await;
+    let degraded = driver.until_ready_is(&place.id, "Degraded").await;
     assert_eq!((degraded.legs[0].state, degraded.legs[1].state), (LegState::In, LegState::Out));
     // What was acknowledged meanwhile is there when both processes begin anew.
     driver.kill_node();
@@ -140,12 +127,12 @@ async fn a_disk_that_comes_back_gets_only_what_it_missed() {
     lab.fail_disk(lost);
     fs::write(place.target.join("missed"), "written while the disk was away").unwrap();
     run("sync", &["-f", text(&place.target)]);
-    until_ready_is(&driver, &place.id, "Degraded").await;
+    driver.until_ready_is(&place.id, "Degraded").await;
     until("unmounted", || async { lab.mount_of(lost).is_none().then_some(()) }).await;
     lab.pull_disk(lost);
     tokio::time::sleep(Duration::from_secs(3)).await;
     lab.plug_disk(lost);
-    let healthy = until_ready_is(&driver, &place.id, "Healthy").await;
+    let healthy = driver.until_ready_is(&place.id, "Healthy").await;
     let message = &healthy.conditions.iter().find(|condition| condition.type_ == "Rebuilding").unwrap().message;
     let copied: u64 = message.split(' ').next().unwrap().parse().unwrap_or_else(|_| panic!("{message}"));
     assert!((1..256).contains(&copied), "{message}");
@@ -172,7 +159,7 @@ async fn csi_node_is_killed_with_volumes_mounted_and_they_are_staged_again() {
             place.up(&driver.client).await.unwrap();
             assert_eq!(fs::read_to_string(&file).unwrap(), "fsynced");
         }
-        let healthy = until_ready_is(&driver, &place.id, "Healthy").await;
+        let healthy = driver.until_ready_is(&place.id, "Healthy").await;
         let message = &healthy.conditions.iter().find(|condition| condition.type_ == "Rebuilding").unwrap().message;
         let copied: u64 = message.split(' ').next().unwrap().parse().unwrap_or_else(|_| panic!("{message}"));
         assert!((1..512).contains(&copied), "{message}");
@@ -242,7 +229,7 @@ async fn a_killed_mkfs_does_not_brick_the_volume() {
     place.up(&driver.client).await.unwrap();
     fs::write(place.target.join("f"), "x").unwrap();
     place.down(&driver.client).await.unwrap();
-    assert_eq!(status(&driver, &place.id).await.format.state, FormatState::Formatted);
+    assert_eq!(driver.status(&place.id).await.format.state, FormatState::Formatted);
 
     // csi-node is killed at many moments of a first stage.
     for round in 0..8u32 {
@@ -285,7 +272,7 @@ async fn csi_node_is_killed_between_mkfs_and_its_record_and_the_volume_is_format
         // Else the legs were locked for as long as it runs.
         let open = fs::read_to_string(&made).unwrap();
         assert!(!open.contains("/volumes/"), "mkfs was given the legs: {open}");
-        assert_eq!(status(&driver, &place.id).await.format.state, FormatState::Formatting);
+        assert_eq!(driver.status(&place.id).await.format.state, FormatState::Formatting);
         driver.kill_node();
         drop(stage.await);
         driver.use_programs(None);
@@ -310,7 +297,7 @@ async fn an_allocation_that_was_cut_off_is_made_again_from_nothing() {
     object.status = Some(MirrorVolumeStatus::default());
     driver.store.update_status(object).await.unwrap();
     driver.start_node().await;
-    until("allocated", || async { (status(&driver, &place.id).await.phase == VolumePhase::Ready).then_some(()) }).await;
+    until("allocated", || async { (driver.status(&place.id).await.phase == VolumePhase::Ready).then_some(()) }).await;
     // Before it is staged, which would remove what is too much.
     let new = driver.copies(&place.id).await;
     assert!(old.iter().all(|copy| !copy.exists() && !new.contains(copy)), "{old:?} {new:?}");
@@ -387,7 +374,7 @@ async fn a_volume_that_is_deleted_while_a_disk_is_away_leaves_nothing_when_it_re
     lab.fail_disk(lost);
     // A write is how the mirror learns of it.
     run("dd", &["if=/dev/zero", &format!("of={}", text(&place.target)), "bs=1M", "count=4", "oflag=direct", "conv=notrunc", "status=none"]);
-    until_ready_is(&driver, &place.id, "Degraded").await;
+    driver.until_ready_is(&place.id, "Degraded").await;
     place.down(&driver.client).await.unwrap();
     driver.client.delete(&place.id).await.unwrap();
     until("unmounted", || async { lab.mount_of(lost).is_none().then_some(()) }).await;
@@ -415,7 +402,7 @@ async fn a_stale_copy_alone_is_refused() {
     let (survivor, lost) = (disk_of_leg(&lab, &driver, &place.id, 0).await, disk_of_leg(&lab, &driver, &place.id, 1).await);
     lab.fail_disk(lost);
     fs::write(place.target.join("f"), "only on one").and_then(|()| fs::File::open(place.target.join("f"))?.sync_all()).unwrap();
-    until_ready_is(&driver, &place.id, "Degraded").await;
+    driver.until_ready_is(&place.id, "Degraded").await;
     place.down(&driver.client).await.unwrap();
     // The survivor is pulled, the other one is back.
     driver.kill_node();
@@ -441,7 +428,7 @@ async fn a_stale_copy_alone_is_refused() {
     lab.plug_disk(survivor);
     until("staged again", || async { place.up(&driver.client).await.ok() }).await;
     assert_eq!(fs::read_to_string(place.target.join("g")).unwrap(), "after the force");
-    until_ready_is(&driver, &place.id, "Healthy").await;
+    driver.until_ready_is(&place.id, "Healthy").await;
     place.down(&driver.client).await.unwrap();
     let copies = driver.copies(&place.id).await;
     assert!(identical(&copies[0], &copies[1]), "the copies differ");
@@ -547,11 +534,11 @@ async fn a_volume_grows_on_one_copy_and_the_other_follows_when_it_is_made_again(
     let lost = disk_of_leg(&lab, &driver, &place.id, 0).await;
     lab.fail_disk(lost);
     fs::write(place.target.join("f"), "x").and_then(|()| fs::File::open(place.target.join("f"))?.sync_all()).unwrap();
-    until_ready_is(&driver, &place.id, "Degraded").await;
+    driver.until_ready_is(&place.id, "Degraded").await;
     assert_eq!(driver.client.controller_expand(&place.id, 600 * MIB).await.unwrap(), 600 << 20);
     assert_eq!(driver.client.node_expand(&place.id, &place.target, 600 * MIB).await.unwrap(), 600 << 20);
     lab.add_disk(1500);
-    until_ready_is(&driver, &place.id, "Healthy").await;
+    driver.until_ready_is(&place.id, "Healthy").await;
     run("dd", &["if=/dev/urandom", &format!("of={}", text(&place.target.join("big"))), "bs=1M", "count=400", "conv=fsync", "status=none"]);
     place.down(&driver.client).await.unwrap();
     let copies = driver.copies(&place.id).await;
@@ -573,10 +560,10 @@ async fn a_truncated_copy_is_made_anew_and_never_taken_for_zeroes() {
     let copies = driver.copies(&place.id).await;
     let sum = run("md5sum", &[text(&copies[1])]);
     fs::OpenOptions::new().write(true).open(&copies[0]).unwrap().set_len(32 * MIB).unwrap();
-    let cut = status(&driver, &place.id).await.legs[0].leg_id.clone();
+    let cut = driver.status(&place.id).await.legs[0].leg_id.clone();
     place.up(&driver.client).await.unwrap();
     until("made anew", || async {
-        let legs = status(&driver, &place.id).await.legs;
+        let legs = driver.status(&place.id).await.legs;
         legs.iter().all(|leg| leg.state == LegState::In && leg.leg_id != cut).then_some(())
     })
     .await;

@@ -25,7 +25,7 @@ use lockstep_native::{
     faulty::{Faults, FaultyDisk},
     frozen::Frozen,
 };
-use lockstep_proto::objects::{DiskPhase, LegState, MirrorVolumeStatus};
+use lockstep_proto::objects::{DiskPhase, LegState};
 
 const MIB: u64 = 1 << 20;
 /// Of a leg's I/O (mirror rule 27).
@@ -116,20 +116,8 @@ impl Neighbour {
 async fn made(driver: &Driver, name: &str, bytes: u64, fs_type: Option<&'static str>) -> Place {
     let place = driver.place(name, bytes, fs_type).await;
     place.up(&driver.client).await.unwrap_or_else(|error| panic!("{name}: {error}"));
-    until_ready_is(driver, &place.id, "Healthy").await;
+    driver.until_ready_is(&place.id, "Healthy").await;
     place
-}
-
-async fn status(driver: &Driver, id: &str) -> MirrorVolumeStatus {
-    driver.volume(id).await.status.expect("a volume has a status")
-}
-
-async fn until_ready_is(driver: &Driver, id: &str, reason: &str) -> MirrorVolumeStatus {
-    until(&format!("{id} {reason}"), || async {
-        let status = status(driver, id).await;
-        status.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.reason == reason).then_some(status)
-    })
-    .await
 }
 
 async fn until_ready_disks(driver: &Driver, count: usize) {
@@ -174,7 +162,7 @@ async fn healed(lab: &mut Lab, driver: &Driver, number: usize, places: &[Place])
     tokio::time::sleep(Duration::from_secs(3)).await;
     lab.plug_disk(number);
     for place in places {
-        until_ready_is(driver, &place.id, "Healthy").await;
+        driver.until_ready_is(&place.id, "Healthy").await;
         place.down(&driver.client).await.unwrap();
         driver.assert_copies_identical(&place.id).await;
     }
@@ -198,7 +186,7 @@ async fn a_disk_hangs_with_256_requests_in_flight(loss: Loss) {
     }
     let hung_name = name_of(&lab, hung);
     for place in neighbours.iter().chain(&places) {
-        let on_it = status(&driver, &place.id).await.legs.iter().any(|leg| leg.disk == hung_name);
+        let on_it = driver.status(&place.id).await.legs.iter().any(|leg| leg.disk == hung_name);
         assert_eq!(on_it, !neighbours.iter().any(|neighbour| neighbour.id == place.id), "{} is elsewhere", place.id);
     }
     let bare: Vec<PathBuf> = places[1..].iter().map(|place| place.target.clone()).collect();
@@ -212,7 +200,7 @@ async fn a_disk_hangs_with_256_requests_in_flight(loss: Loss) {
     tokio::time::sleep(Duration::from_secs(5)).await;
     let waiting: u64 = places.iter().map(|place| in_flight(&place.target)).sum();
     for place in &places {
-        let degraded = until_ready_is(&driver, &place.id, "Degraded").await;
+        let degraded = driver.until_ready_is(&place.id, "Degraded").await;
         assert_eq!(degraded.legs.iter().filter(|leg| leg.state == LegState::Out).count(), 1);
     }
     let out_after = begun.elapsed();
@@ -259,7 +247,7 @@ async fn fifty_volumes_lose_a_disk(loss: Loss) {
     until_ready_disks(&driver, 2).await;
     let places = driver.devices_up(VOLUMES, 16 * MIB).await;
     for place in &places {
-        until_ready_is(&driver, &place.id, "Healthy").await;
+        driver.until_ready_is(&place.id, "Healthy").await;
     }
     let seconds = if loss == Loss::ShutDown { 12 } else { 50 };
     let load = load::on_many(places.iter().map(|place| place.target.as_path()), seconds);
@@ -268,7 +256,7 @@ async fn fifty_volumes_lose_a_disk(loss: Loss) {
     let mut lost = loss.happens(&lab, lost_disk, disk);
     let begun = Instant::now();
     for place in &places {
-        until_ready_is(&driver, &place.id, "Degraded").await;
+        driver.until_ready_is(&place.id, "Degraded").await;
     }
     let out_after = begun.elapsed();
     if loss != Loss::ShutDown {

@@ -41,14 +41,6 @@ async fn set_status(driver: &Driver, id: &str, change: impl FnOnce(&mut MirrorVo
     driver.store.update_status(object).await.unwrap();
 }
 
-async fn until_degraded(driver: &Driver, id: &str) {
-    until("degraded", || async {
-        let status = driver.volume(id).await.status?;
-        status.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.reason == "Degraded").then_some(())
-    })
-    .await;
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_volume_with_another_file_system_than_on_record_is_neither_mounted_nor_formatted() {
     let lab = Lab::new(2, 1200);
@@ -79,7 +71,7 @@ async fn an_object_from_before_mkfs_was_done_does_not_cost_the_volume_its_file_s
     // One of the copies that know is lost; the one in its place has to know it too.
     place.up(&driver.client).await.unwrap();
     let disk = driver.volume(&place.id).await.status.unwrap().legs[0].disk.clone();
-    lab.fail_disk((0..3).find(|number| lab.mount_of(*number).is_some_and(|mount| mount.ends_with(&disk))).unwrap());
+    lab.fail_disk(lab.number_of(&disk));
     write(&place, "precious");
     until("a copy on the third disk", || async {
         let status = driver.volume(&place.id).await.status?;
@@ -144,11 +136,10 @@ async fn a_copy_from_the_past_with_a_witness_from_the_past_is_served_only_by_for
     let witness = lab.path(&format!("driver/state/witness/{}", object.metadata.uid.clone().unwrap()));
     let of_the_past = fs::read(&witness).unwrap();
     let legs = object.status.unwrap().legs;
-    let disk = |leg: usize| (0..2).find(|number| lab.mount_of(*number).is_some_and(|mount| mount.ends_with(&legs[leg].disk))).unwrap();
-    let (survivor, lost) = (disk(0), disk(1));
+    let (survivor, lost) = (lab.number_of(&legs[0].disk), lab.number_of(&legs[1].disk));
     lab.fail_disk(lost);
     write(&place, "new");
-    until_degraded(&driver, &place.id).await;
+    driver.until_ready_is(&place.id, "Degraded").await;
     place.down(&driver.client).await.unwrap();
     driver.kill_node();
     for mount in [survivor, lost].into_iter().filter_map(|disk| lab.mount_of(disk)) {

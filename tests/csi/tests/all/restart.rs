@@ -8,7 +8,7 @@ use std::{
 };
 
 use lockstep_csi_tests::{
-    driver::{Driver, until},
+    driver::Driver,
     lab::{Lab, text},
     load::{self, Direct},
     memory::kib,
@@ -103,12 +103,8 @@ async fn a_csi_node_without_objects_and_without_a_disk_serves_on_and_says_later_
     driver.use_holder().await;
     let place = driver.place("alone", 256 * MIB, None).await;
     place.up(&driver.client).await.unwrap();
-    let ready = async |driver: &Driver, reason: &str| {
-        let status = driver.volume(&place.id).await.status?;
-        status.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.reason == reason).then_some(status)
-    };
-    let lost = until("both copies", || ready(&driver, "Healthy")).await.legs[1].disk.clone();
-    let number = (0..lab.disks()).find(|number| lab.mount_of(*number).is_some_and(|mount| mount.ends_with(&lost))).expect("it is mounted");
+    let lost = driver.until_ready_is(&place.id, "Healthy").await.legs[1].disk.clone();
+    let number = lab.number_of(&lost);
     let mut load = load::on_device(&place.target, 30);
     std::thread::sleep(Duration::from_secs(2));
     driver.kill_node();
@@ -123,7 +119,7 @@ async fn a_csi_node_without_objects_and_without_a_disk_serves_on_and_says_later_
     assert!(load.succeeded(), "the load saw an error, or read what it did not write");
     move_all(&objects, &new);
     move_all(&away, &objects);
-    let degraded = until("told", || ready(&driver, "Degraded")).await;
+    let degraded = driver.until_ready_is(&place.id, "Degraded").await;
     let told = degraded.conditions.iter().find(|condition| condition.type_ == "Degraded").map(|condition| condition.message.clone());
     assert!(told.as_ref().is_some_and(|told| told.contains(&format!("the copy on {lost} is lost"))), "{told:?}");
     assert_eq!(degraded.legs[1].disk, lost);

@@ -10,7 +10,7 @@ use std::{
 use lockstep_csi_tests::{
     client::Place,
     driver::{Driver, until},
-    lab::{Lab, text},
+    lab::{Lab, mounts_at, text},
     load,
 };
 use lockstep_native::faulty::{Faults, FaultyDisk};
@@ -85,11 +85,7 @@ async fn csi_node_is_killed_while_a_disk_hangs_and_the_other_disk_serves() {
     lockstep_native::run("fsfreeze", &["--unfreeze", text(&hung)]);
     remains.wait().unwrap();
     assert!(load.succeeded(), "the load saw an error, or read what it did not write");
-    until("both copies", || async {
-        let status = driver.volume(&place.id).await.status.unwrap();
-        status.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.reason == "Healthy").then_some(())
-    })
-    .await;
+    driver.until_ready_is(&place.id, "Healthy").await;
     copies_are_equal(&driver, &place).await;
     driver.stop();
 }
@@ -108,10 +104,6 @@ fn errand(of: u32, name: &str) -> Option<PathBuf> {
 fn ended(process: &Path) -> bool {
     let stat = fs::read_to_string(process.join("stat")).unwrap_or_default();
     stat.rsplit(") ").next().is_none_or(|rest| rest.is_empty() || rest.starts_with(['Z', 'X']))
-}
-
-fn mounted(path: &Path) -> bool {
-    fs::read_to_string("/proc/self/mounts").unwrap().lines().any(|line| line.split(' ').nth(1) == Some(text(path)))
 }
 
 /// A volume that is being unmounted by a child of csi-node's, on disks that take a while for each step of what that writes back. They do so through csi-node
@@ -138,7 +130,7 @@ impl Unmounting {
         disks.iter_mut().for_each(|disk| disk.arm(Faults { late: 1, late_millis: 150, ..Faults::default() }));
         let (client, staged) = (driver.client.clone(), place.clone());
         let unstaging = tokio::spawn(async move { client.unstage(&staged.id, &staged.staging).await });
-        until("not in the list of mounts any more", || async { (!mounted(&place.staging)).then_some(()) }).await;
+        until("not in the list of mounts any more", || async { (mounts_at(&place.staging) == 0).then_some(()) }).await;
         Self { disks, place, content, unstaging }
     }
 
