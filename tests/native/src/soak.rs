@@ -83,7 +83,8 @@ impl Trouble {
             Self::Reads => Faults { read_error: 10, ..usual },
             Self::Writes => Faults { write_error: 20, ..usual },
             Self::Flushes => Faults { flush_error: 2, ..usual },
-            Self::Metadata => Faults { meta_error: 2, ..usual },
+            // Every one: few are written, the last of them when all is quiet and nothing is dirty any more.
+            Self::Metadata => Faults { meta_error: 1, ..usual },
             Self::Zeroes => Faults { zero_error: 2, ..usual },
             Self::Hang => Faults { hold: 1, ..usual },
             Self::Late => Faults { hold: 40, ..usual },
@@ -447,10 +448,10 @@ impl Soak {
     pub async fn round(&mut self, trouble: Trouble, seconds: f64) -> Done {
         let before = seen::counts();
         let troubled = self.random.usize(0..2);
-        // Metadata is written at the beginning, when regions become dirty.
-        let at_once = trouble == Trouble::Metadata;
+        // Most metadata is written at the beginning, when the volume is opened and regions become dirty: some of it fails then.
+        let at_once = if trouble == Trouble::Metadata { Faults { meta_error: 2, ..self.usual } } else { self.usual };
         for (number, disk) in self.disks.iter_mut().enumerate() {
-            disk.arm(if at_once && number == troubled { trouble.faults(self.usual) } else { self.usual });
+            disk.arm(if number == troubled { at_once } else { self.usual });
         }
         let volume = self.datapath.open(self.spec.clone()).await.expect("the volume is opened");
         let mut notices = volume.notices();
