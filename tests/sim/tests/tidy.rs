@@ -95,6 +95,21 @@ fn nothing_is_left_for_later_or_left_out() {
     }
 }
 
+#[test]
+fn what_the_simulator_says_broke_is_an_oracle_with_its_rules() {
+    let said = [concat!("breaks", "(\""), concat!("check", "(\"")];
+    let mut found = BTreeSet::new();
+    for (path, text) in named(".rs") {
+        let names = said.iter().flat_map(|begin| text.split(begin).skip(1)).filter_map(|rest| rest.split('"').next());
+        if path.to_string_lossy().contains("tests/sim/src/simulator") {
+            found.extend(names.map(str::to_owned));
+        }
+    }
+    assert!(found.contains("bounds"), "the sources are not read as they are written");
+    let oracles: BTreeSet<String> = lockstep_sim::simulator::ORACLES.iter().map(|(name, _)| (*name).to_owned()).collect();
+    assert_eq!(found.difference(&oracles).next(), None);
+}
+
 /// The numbers of a test that is named after cases: `case_15_and_16_a_flush`.
 fn cases_of(test: &str) -> Vec<usize> {
     let mut cases = Vec::new();

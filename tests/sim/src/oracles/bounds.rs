@@ -38,6 +38,14 @@ pub fn status(pending: u64, requests: u64, dirty: u64, regions: u64) -> Result<(
     if dirty > regions { Err(format!("{dirty} of {regions} regions are called dirty")) } else { Ok(()) }
 }
 
+/// What is behind on a slow leg, in writes and blocks (mirror rule 32). `called`: how many writes the mirror says.
+pub fn behind(called: u64, (writes, blocks): (u64, u64), (most_writes, most_blocks): (u64, u64)) -> Result<(), String> {
+    if called.max(writes) <= most_writes && blocks <= most_blocks {
+        return Ok(());
+    }
+    Err(format!("{writes} writes of {blocks} blocks are behind, {called} are called so"))
+}
+
 /// While both legs count, a bitmap page makes no region dirty beyond the cap (mirror rule 17), or beyond one request that touches more.
 pub fn capped(before: &BTreeSet<u64>, page: &BTreeSet<u64>, cap: u64) -> Result<(), String> {
     let after: BTreeSet<u64> = before.union(page).copied().collect();

@@ -54,7 +54,18 @@ impl Machine {
         self.stopping = true;
         let healthy = self.is_healthy();
         let tag = self.ask("stop", Asked::Stop, Request::Stop);
+        // One in four is cut off. (A look at what comes next: it takes nothing from the history of a seed.)
+        let mut ahead = self.rng.clone();
+        let mut cut = ahead.once_in(4).then(|| (ahead.below(40), ahead.once_in(2)));
         while self.broken.is_none() && self.asked.contains_key(&tag) {
+            if let Some((steps, power)) = &mut cut {
+                if *steps == 0 {
+                    let power = *power;
+                    *self.coverage.crashes.entry("in a stop").or_default() += 1;
+                    return self.crash(Crash::plain(power));
+                }
+                *steps -= 1;
+            }
             if !self.step() && !self.tick() {
                 return self.breaks("every request ends", "the stop never ended");
             }
@@ -124,6 +135,7 @@ impl Machine {
             disk.trouble = super::disk::Trouble { gone, lies, ..Default::default() };
         }
         (self.may_differ, self.excused, self.clean, self.stopping, self.stopped) = (true, false, false, false, false);
+        self.no_room.clear();
 
         let Some(record) = self.record() else { return self.start(crash, None, &lying) };
         // A disk comes back blank only if the other one has everything.
@@ -314,8 +326,9 @@ impl Machine {
         self.blocks = self.status.blocks;
         // The notice of what came to be listed may have died with the process.
         self.lost.extend(self.listed());
-        if self.may_differ && Slot::BOTH.into_iter().any(|slot| self.status.legs[slot.index()].state != LegState::In) {
-            self.lose_pinned();
+        self.pin = self.record().map(|record| record.pin);
+        if self.may_differ {
+            self.lose(Slot::BOTH.into_iter().filter(|slot| self.status.legs[slot.index()].state != LegState::In).collect());
         }
         self.perform(out);
         self.look();

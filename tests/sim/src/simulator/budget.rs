@@ -1,11 +1,13 @@
-//! What may go wrong now, and what the operator does about it.
+//! What may go wrong now, what is excused then, and what the operator does about it.
+
+use std::collections::BTreeMap;
 
 use lockstep_core::{
     format,
-    io::{Fill, LegOp, Outcome, Request},
+    io::{Buffer, Fill, LegOp, Outcome, Request},
     membership::MemberState,
     status::LegState,
-    units::{BlockRange, Errno, IoId, Slot},
+    units::{BlockRange, Errno, IoId, Slot, Tag},
 };
 
 use super::{
@@ -247,5 +249,37 @@ impl Machine {
     /// Whether a superblock or bitmap page is being written.
     pub(super) fn is_metadata(op: &Op) -> bool {
         matches!(op, Op::Leg(LegOp::WriteMeta { .. }) | Op::Witness(..))
+    }
+
+    /// Legs are lost while the other one may have something else: older, where reads are pinned to what is lost (mirror rule 21).
+    pub(super) fn lose(&mut self, lost: Vec<Slot>) {
+        if lost.is_empty() {
+            return;
+        }
+        if !self.was_behind.is_empty() {
+            *self.coverage.others.entry("lost behind").or_default() += 1;
+            self.history.behind_lost(&self.was_behind);
+        }
+        if lost.into_iter().any(|slot| self.pin.is_none_or(|pin| pin == slot)) {
+            self.tell(|| "  (the exception of rule 21)".into());
+            self.history.exception(None);
+        }
+    }
+
+    /// Requests that were answered while a leg that counts is not done with them.
+    pub(super) fn behind(&self) -> BTreeMap<Tag, BlockRange> {
+        let mut behind = BTreeMap::new();
+        for work in self.work.values() {
+            let Op::Leg(LegOp::Write { buffer: Buffer::Request { tag, .. }, .. }) = work.op else { continue };
+            let counts = |slot: Slot| {
+                let leg = self.place[slot.index()].map(|disk| (disk, self.disks[disk].generation));
+                self.status.legs[slot.index()].state == LegState::In && leg.is_some() && leg == work.disk
+            };
+            let here = Slot::BOTH.into_iter().any(counts);
+            if let (true, Some(Ok(())), Some(Asked::Write { range, .. })) = (here, self.answers.get(&tag), self.asked.get(&tag)) {
+                behind.insert(tag, *range);
+            }
+        }
+        behind
     }
 }

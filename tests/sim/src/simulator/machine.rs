@@ -117,6 +117,10 @@ pub(super) struct Machine {
     pub history: History,
     /// The legs may differ: since an unclean stop or a write that failed on both, until they are equal again.
     pub may_differ: bool,
+    /// Which leg reads are pinned to where they may differ, by the witness; `None`: nobody knows.
+    pub pin: Option<Slot>,
+    /// Requests that were answered when the last event was over, and a leg that counts was not done with them.
+    pub are_behind: BTreeMap<Tag, BlockRange>,
     /// Blocks and versions that were answered by one leg alone in this run (mirror rule 32).
     pub behind: Covered,
     /// Blocks and versions that were behind on a leg in a crash (mirror rule 32); the legs were not made equal since.
@@ -133,6 +137,8 @@ pub(super) struct Machine {
     pub copies_may_wait: bool,
     /// How often a copy could not read a block, since one could.
     pub unreadable: BTreeMap<u64, u8>,
+    /// Regions that a copy found no space for, until a resync is done: they stay dirty, and do not count for the cap (mirror rules 17 and 28).
+    pub no_room: BTreeSet<u64>,
     /// Requests with a lower tag came when not both legs counted: no cap held them back (mirror rule 17).
     pub capped_since: u64,
     /// Blocks that the mirror gave up, and that were not overwritten.
@@ -174,6 +180,8 @@ impl Machine {
             published: profile.blocks,
             history: History::default(),
             may_differ: false,
+            pin: None,
+            are_behind: BTreeMap::new(),
             behind: Covered::new(),
             was_behind: Covered::new(),
             excused: false,
@@ -183,6 +191,7 @@ impl Machine {
             stopped: false,
             copies_may_wait: false,
             unreadable: BTreeMap::new(),
+            no_room: BTreeSet::new(),
             capped_since: 0,
             lost: BTreeSet::new(),
             in_a_row: BTreeMap::new(),
@@ -334,15 +343,6 @@ impl Machine {
         self.look();
     }
 
-    /// The leg that reads are pinned to is lost while the other one may be older.
-    pub(super) fn lose_pinned(&mut self) {
-        if !self.was_behind.is_empty() {
-            *self.coverage.others.entry("lost behind").or_default() += 1;
-            self.history.behind_lost(&self.was_behind);
-        }
-        self.history.exception(None);
-    }
-
     /// After every event: what the mirror says of itself.
     pub(super) fn look(&mut self) {
         let Some(mirror) = &self.mirror else { return };
@@ -350,9 +350,9 @@ impl Machine {
         self.status = mirror.status();
         let status = self.status;
         let both = |status: &Status| status.legs.iter().all(|leg| leg.state == LegState::In);
-        if both(&before) && !both(&status) && self.may_differ {
-            self.tell(|| "  (the exception of rule 21)".into());
-            self.lose_pinned();
+        if both(&before) && self.may_differ {
+            let lost = Slot::BOTH.into_iter().filter(|slot| status.legs[slot.index()].state != LegState::In).collect();
+            self.lose(lost);
         }
         if !both(&status) || self.counted().len() < 2 {
             self.capped_since = self.next_tag;
@@ -386,9 +386,10 @@ impl Machine {
         }
         let regions = status.blocks.div_ceil(REGION_BLOCKS) + 2;
         self.check("bounds", bounds::status(status.pending, self.asked.len() as u64, status.dirty_regions, regions));
-        if status.behind > self.profile.behind.map_or(0, |(writes, _)| writes) {
-            self.breaks("bounds", format!("{} writes are behind", status.behind));
-        }
+        self.are_behind = self.behind();
+        let (writes, blocks) = (self.are_behind.len() as u64, self.are_behind.values().map(|range| range.len()).sum());
+        self.check("bounds", bounds::behind(status.behind, (writes, blocks), self.profile.behind.unwrap_or((0, 0))));
+        self.pin = self.record().map(|record| record.pin);
     }
 
     fn submit(&mut self, asked: Asked, buffer: Vec<u64>, request: Request) -> Tag {
@@ -535,7 +536,7 @@ impl Machine {
         }
         if let (Op::Leg(LegOp::Read { range, .. }), Outcome::Failed(_)) = (&work.op, outcome) {
             self.copies_may_wait = true;
-            if self.may_differ {
+            if self.may_differ && work.disk.is_none_or(|(disk, _)| self.pin.is_none_or(|pin| self.place[pin.index()] == Some(disk))) {
                 // The only copy that was read from is lost here: the other may be older.
                 self.history.exception(Some(*range));
             }
@@ -543,7 +544,7 @@ impl Machine {
         if let (Op::Leg(LegOp::Write { range, .. }), Kind::CopyWrite) = (&work.op, work.kind)
             && let Some((disk, _)) = work.disk
             && self.may_differ
-            && self.record().is_some_and(|record| self.place[record.pin.index()] == Some(disk))
+            && self.pin.is_some_and(|pin| self.place[pin.index()] == Some(disk))
         {
             // What could not be read from the pinned leg comes from the other one: until it has landed readers had what the pinned one held.
             self.history.exception(Some(*range));
