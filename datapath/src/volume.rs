@@ -375,7 +375,6 @@ impl Volume {
             Notice::LegFailed { .. }
             | Notice::BlocksLost { .. }
             | Notice::RebuildBlocked { .. }
-            | Notice::NoSpace { .. }
             | Notice::WitnessFailed { .. }
             | Notice::ReadOnly { .. }
             | Notice::Mismatch { .. } => warn!(volume = self.name, ?notice),

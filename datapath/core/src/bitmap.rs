@@ -35,7 +35,7 @@ pub struct Region {
     pub stamp: u64,
     /// The legs may differ here: reads are pinned until it is resynced (mirror rules 14 and 21).
     pub unsynced: bool,
-    /// Unsynced, and a resync found a block here that no leg can read, or one has no space for. It is not counted: it may be so for ever.
+    /// Unsynced, and a resync found a block here that no leg can read. It is not counted: nothing but a write there can clean it.
     pub stuck: bool,
     /// It is being cleaned to make room: nothing new is written here until that is over.
     pub closing: bool,
@@ -152,7 +152,7 @@ impl Bitmap {
         (0..self.regions.len()).for_each(|region| self.synced(region));
     }
 
-    /// No leg can read a block of this region, or one has no space for it.
+    /// No leg can read a block of this region.
     pub fn cannot_be_synced(&mut self, region: usize) {
         self.change(region, |region| region.stuck = region.unsynced);
     }

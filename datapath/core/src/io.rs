@@ -289,13 +289,6 @@ pub enum Notice {
         /// Where.
         range: BlockRange,
     },
-    /// A leg has no space for what the other one has here: a resync is tried again later, a repair with the next read or scrub (mirror rule 28).
-    NoSpace {
-        /// The leg that is full.
-        slot: Slot,
-        /// Somewhere here.
-        range: BlockRange,
-    },
     /// A write failed on both legs; what is there is old or new until it is written again.
     WriteFailedOnBoth {
         /// Where.

@@ -277,7 +277,6 @@ impl Mirror {
     }
 
     fn copy_target_failed(&mut self, id: EntryId, to: Slot, errno: Errno, out: &mut Effects) {
-        let (both_in, known) = (self.in_count() == 2, self.region_has_failed());
         let Some(copy) = self.copies.get_mut(&id) else { return };
         match &mut copy.purpose {
             CopyFor::Mend(mend) if classify(errno) == Fault::NoSpace && !mend.reversed => {
@@ -287,13 +286,7 @@ impl Mirror {
                 self.next_piece(id, out);
             }
             CopyFor::Mend(_) if classify(errno) == Fault::NoSpace => self.end_copy(id, false, out),
-            // What differs stays dirty, and is tried again later. (A leg that is being filled is not IN: another one may have room.)
-            _ if both_in && classify(errno) == Fault::NoSpace => {
-                if !(known && matches!(copy.purpose, CopyFor::Sync { .. })) {
-                    out.push(Effect::Notice(Notice::NoSpace { slot: to, range: copy.range }));
-                }
-                self.end_copy(id, false, out);
-            }
+            // Of a resync or a repair also if it is full: two legs that cannot be made equal must not both count.
             _ => {
                 self.fail_leg(to, errno, out);
                 self.end_copy(id, false, out);

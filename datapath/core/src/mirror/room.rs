@@ -16,8 +16,7 @@
 //!
 //! - A request that touches more regions than the cap is admitted when nothing else is dirty.
 //! - A region that is to be resynced is cleaned after that, so a queue may wait for the resync, and the resync goes on for it even in a stop. What the
-//!   resync could not make equal (a block that no leg can read, or that one has no space for) is not counted: otherwise it could take all the room
-//!   for ever.
+//!   resync could not make equal (a block that no leg can read) is not counted: otherwise it could take all the room for ever.
 //! - A repair that would need room is left to a later read: the other leg serves. A scrub's repair is done all the same; the scrub goes on when
 //!   its region is cleaned, so it exceeds the cap by one.
 //! - While one leg is away nothing is cleaned and the cap does not count (rule 18): everybody is admitted. While a leg is leaving, the queue

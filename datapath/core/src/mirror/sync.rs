@@ -127,11 +127,6 @@ impl Mirror {
         }
     }
 
-    /// Something of the region that is being copied could not be.
-    pub(super) fn region_has_failed(&self) -> bool {
-        self.syncing.as_ref().is_some_and(|syncing| syncing.region_failed)
-    }
-
     pub(super) fn retry_sync(&mut self) {
         if self.syncing.as_ref().and_then(|syncing| syncing.retry_at).is_some_and(|at| at <= self.now) {
             self.syncing = None;
@@ -216,7 +211,7 @@ impl Mirror {
             syncing.pos = blocks_of(region, self.blocks);
         } else if syncing.target.is_none() {
             if syncing.failed {
-                // What neither leg can read, or one has no space for, stays dirty and pinned; it is tried again later.
+                // What neither leg can read stays dirty and pinned; it is tried again later.
                 syncing.retry_at = Some(self.now.plus_millis(RETRY_MILLIS));
             } else {
                 self.syncing = None;

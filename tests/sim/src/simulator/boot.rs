@@ -17,6 +17,7 @@ use super::{
     machine::{Asked, Machine, Op},
     script::Crash,
 };
+use crate::world::Rng;
 
 const NOBODY: LegStatus = LegStatus { id: LegId([0; 16]), state: LegState::Out };
 /// Before anything was assembled.
@@ -54,9 +55,9 @@ impl Machine {
         self.stopping = true;
         let healthy = self.is_healthy();
         let tag = self.ask("stop", Asked::Stop, Request::Stop);
-        // One in four is cut off. (A look at what comes next: it takes nothing from the history of a seed.)
-        let mut ahead = self.rng.clone();
-        let mut cut = ahead.once_in(4).then(|| (ahead.below(40), ahead.once_in(2)));
+        // One in four is cut off. (By numbers of its own: what the others are does not change with it.)
+        let mut own = Rng(self.rng.0 ^ u64::MAX);
+        let mut cut = own.once_in(4).then(|| (own.below(40), own.once_in(2)));
         while self.broken.is_none() && self.asked.contains_key(&tag) {
             if let Some((steps, power)) = &mut cut {
                 if *steps == 0 {
@@ -135,7 +136,6 @@ impl Machine {
             disk.trouble = super::disk::Trouble { gone, lies, ..Default::default() };
         }
         (self.may_differ, self.excused, self.clean, self.stopping, self.stopped) = (true, false, false, false, false);
-        self.no_room.clear();
 
         let Some(record) = self.record() else { return self.start(crash, None, &lying) };
         // A disk comes back blank only if the other one has everything.
@@ -328,7 +328,8 @@ impl Machine {
         self.lost.extend(self.listed());
         self.pin = self.record().map(|record| record.pin);
         if self.may_differ {
-            self.lose(Slot::BOTH.into_iter().filter(|slot| self.status.legs[slot.index()].state != LegState::In).collect());
+            let counted = self.counted();
+            self.lose(counted.into_iter().filter(|slot| self.status.legs[slot.index()].state != LegState::In).collect());
         }
         self.perform(out);
         self.look();

@@ -251,19 +251,18 @@ impl Machine {
         matches!(op, Op::Leg(LegOp::WriteMeta { .. }) | Op::Witness(..))
     }
 
-    /// Legs are lost while the other one may have something else: older, where reads are pinned to what is lost (mirror rule 21).
+    /// Legs are lost while the other one may have something else: older, where reads are pinned to what is lost (mirror rule 21), and without what only
+    /// that had answered (rule 32).
     pub(super) fn lose(&mut self, lost: Vec<Slot>) {
-        if lost.is_empty() {
+        if !lost.into_iter().any(|slot| self.pin.is_none_or(|pin| pin == slot)) {
             return;
         }
+        self.tell(|| "  (the exception of rule 21)".into());
         if !self.was_behind.is_empty() {
             *self.coverage.others.entry("lost behind").or_default() += 1;
             self.history.behind_lost(&self.was_behind);
         }
-        if lost.into_iter().any(|slot| self.pin.is_none_or(|pin| pin == slot)) {
-            self.tell(|| "  (the exception of rule 21)".into());
-            self.history.exception(None);
-        }
+        self.history.exception(None);
     }
 
     /// Requests that were answered while a leg that counts is not done with them.

@@ -235,7 +235,6 @@ const OTHERS: &[&str] = &[
     "reads repaired",
     "given up",
     "writes failed on both",
-    "no space for a copy",
     "starts refused",
     "blocks lost",
     "late reads",

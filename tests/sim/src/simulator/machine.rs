@@ -137,8 +137,6 @@ pub(super) struct Machine {
     pub copies_may_wait: bool,
     /// How often a copy could not read a block, since one could.
     pub unreadable: BTreeMap<u64, u8>,
-    /// Regions that a copy found no space for, until a resync is done: they stay dirty, and do not count for the cap (mirror rules 17 and 28).
-    pub no_room: BTreeSet<u64>,
     /// Requests with a lower tag came when not both legs counted: no cap held them back (mirror rule 17).
     pub capped_since: u64,
     /// Blocks that the mirror gave up, and that were not overwritten.
@@ -191,7 +189,6 @@ impl Machine {
             stopped: false,
             copies_may_wait: false,
             unreadable: BTreeMap::new(),
-            no_room: BTreeSet::new(),
             capped_since: 0,
             lost: BTreeSet::new(),
             in_a_row: BTreeMap::new(),

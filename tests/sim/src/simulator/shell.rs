@@ -100,14 +100,6 @@ impl Machine {
         self.tell(|| format!("  ! {notice:?}"));
         match notice {
             Notice::WriteFailedOnBoth { .. } => self.may_differ = true,
-            // What was answered already, and is behind, has to be on every leg that counts (mirror rule 32).
-            Notice::LegFailed { slot, error }
-                if FULL_ERRNOS.contains(error) && self.are_behind.is_empty() && self.status.legs[slot.index()].state == LegState::In =>
-            {
-                self.breaks("no space", format!("{slot:?} goes OUT, and was only full"));
-            }
-            Notice::NoSpace { range, .. } => self.no_room.extend(range.start / REGION_BLOCKS..range.end.div_ceil(REGION_BLOCKS)),
-            Notice::ResyncCompleted => self.no_room.clear(),
             Notice::BlocksLost { range } => {
                 // What was behind on a leg that then fails is on no leg that counts (mirror rule 32).
                 let behind = self.are_behind.values().any(|behind| behind.overlaps(*range));
@@ -135,7 +127,6 @@ impl Machine {
             Notice::ReadOnly { .. } => "given up",
             Notice::BlocksLost { .. } => "blocks lost",
             Notice::WriteFailedOnBoth { .. } => "writes failed on both",
-            Notice::NoSpace { .. } => "no space for a copy",
             _ => return,
         };
         *self.coverage.others.entry(name).or_default() += 1;
@@ -204,8 +195,8 @@ impl Machine {
         // One request of two regions may exceed a cap of one; a scrub's repair exceeds any by one.
         let scrubs = u64::from(self.status.scrub.state == ScrubState::Running);
         let earlier = self.asked.iter().filter(|(tag, asked)| tag.0 < self.capped_since && matches!(asked, Asked::Write { .. }));
-        let uncapped = 2 * earlier.count() + self.no_room.len();
-        bounds::capped(&before, &dirty_in(page), self.profile.cap.max(2) + scrubs + uncapped as u64)
+        let uncapped = 2 * earlier.count() as u64;
+        bounds::capped(&before, &dirty_in(page), self.profile.cap.max(2) + scrubs + uncapped)
     }
 
     fn check_in_flight(&mut self, here: Option<(usize, u64)>) {
