@@ -168,8 +168,8 @@ pub(crate) struct Pool {
     free: [RefCell<Vec<Memory>>; 4],
     /// By class: how many buffers late I/O has, and how many there are in their place.
     late: [Cell<(usize, usize)>; 4],
-    /// By class: when a buffer last came back to the pool.
-    returned: [Cell<Instant>; 4],
+    /// By class: when the last buffer was taken.
+    used_up: [Cell<Instant>; 4],
     freed: Notify,
     arena: Rc<Arena>,
     registered: Cell<bool>,
@@ -191,7 +191,7 @@ impl Pool {
         Rc::new(Self {
             free,
             late: Default::default(),
-            returned: [(); 4].map(|()| Cell::new(Instant::now())),
+            used_up: [(); 4].map(|()| Cell::new(Instant::now())),
             freed: Notify::new(),
             arena,
             registered: Cell::new(false),
@@ -220,6 +220,7 @@ impl Pool {
         let mut free = self.free[class as usize].borrow_mut();
         if let Some(index) = free.iter().position(|memory| memory.spare.is_some()) {
             free.swap_remove(index);
+            self.look_whether_used_up(class, &free);
             self.late[class as usize].set((late - 1, spare - 1));
         }
     }
@@ -230,10 +231,15 @@ impl Pool {
             self.late[class as usize].set((late, spare - 1));
         } else {
             self.free[class as usize].borrow_mut().push(memory);
-            self.returned[class as usize].set(Instant::now());
         }
         // Its volume has less than before, also if the pool has no more.
         self.freed.notify_waiters();
+    }
+
+    fn look_whether_used_up(&self, class: Class, free: &[Memory]) {
+        if free.is_empty() {
+            self.used_up[class as usize].set(Instant::now());
+        }
     }
 
     pub(crate) fn available(&self, class: Class) -> bool {
@@ -242,12 +248,14 @@ impl Pool {
 
     /// Whether the class has been used up for so long that nobody should wait for the pool alone.
     pub(crate) fn starved(&self, class: Class) -> bool {
-        !self.available(class) && self.returned[class as usize].get().elapsed() >= PATIENCE
+        !self.available(class) && self.used_up[class as usize].get().elapsed() >= PATIENCE
     }
 
     /// Takes one, if there is one.
     pub(crate) fn take(self: &Rc<Self>, class: Class) -> Option<Buffer> {
-        let memory = self.free[class as usize].borrow_mut().pop()?;
+        let mut free = self.free[class as usize].borrow_mut();
+        let memory = free.pop()?;
+        self.look_whether_used_up(class, &free);
         Some(Buffer { memory: Some(memory), class, pool: Rc::clone(self) })
     }
 

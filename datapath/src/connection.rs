@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::{
-    io,
+    io::{self, IoSliceMut},
     os::fd::{AsRawFd, OwnedFd},
     rc::Rc,
 };
@@ -54,9 +54,9 @@ impl Connection {
         self.device.readable().await
     }
 
-    /// Reads one request. `WOULDBLOCK`: there is none.
-    pub(crate) fn read(&self, buffer: &mut [u8]) -> rustix::io::Result<usize> {
-        rustix::io::read(self.device.get_ref(), buffer)
+    /// Reads one request into these parts, one after the other. `WOULDBLOCK`: there is none.
+    pub(crate) fn read(&self, parts: &mut [IoSliceMut<'_>]) -> rustix::io::Result<usize> {
+        rustix::io::readv(self.device.get_ref(), parts)
     }
 
     /// Tells the kernel something that it did not ask for.

@@ -20,6 +20,7 @@ pub mod errand;
 mod error;
 mod fence;
 mod isolated;
+mod landing;
 mod leg;
 mod mounts;
 mod thread;

@@ -13,7 +13,7 @@ use std::{
 use tokio::sync::mpsc;
 use tracing::{Instrument, warn};
 
-use crate::{buffers::Pool, volume};
+use crate::{buffers::Pool, landing::Landing, volume};
 
 /// Kernel threads that may wait for leg I/O of one datapath thread at a time. They are made only while all that there are wait.
 ///
@@ -76,7 +76,7 @@ impl Thread {
                 if let Err(error) = pool.register() {
                     warn!(%error, "the payload memory is neither locked nor known to the ring: slower, and it can be swapped out");
                 }
-                let landing = Rc::new(RefCell::new(None));
+                let landing = Rc::new(RefCell::new(Landing::default()));
                 while let Some(start) = incoming.recv().await {
                     let span = tracing::info_span!("volume", id = start.name);
                     let (pool, landing, count) = (Rc::clone(&pool), Rc::clone(&landing), Arc::clone(&count));

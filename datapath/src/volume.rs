@@ -28,9 +28,10 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     abi::fuse::{self, Operation},
-    buffers::{Buffer, Class, PAGE, Pool, Window},
+    buffers::{Buffer, Class, Pool, Window},
     compare,
     connection::Connection,
+    landing::Landing,
     leg::{LegFiles, OpenLeg, Prepared},
 };
 
@@ -110,7 +111,7 @@ struct Volume {
 }
 
 /// Runs a volume until it is closed.
-pub(crate) async fn run(start: Start, pool: Rc<Pool>, landing: Rc<RefCell<Option<Buffer>>>) {
+pub(crate) async fn run(start: Start, pool: Rc<Pool>, landing: Rc<RefCell<Landing>>) {
     let mut commands = start.commands;
     let mut legs = [None, None];
     for (slot, leg) in start.legs.into_iter().enumerate() {
@@ -458,7 +459,7 @@ impl Volume {
     }
 
     /// Takes requests while there is memory for any of them.
-    async fn read_requests(self: Rc<Self>, landing: Rc<RefCell<Option<Buffer>>>) {
+    async fn read_requests(self: Rc<Self>, landing: Rc<RefCell<Landing>>) {
         while !self.closed.get() {
             let ready = tokio::select! {
                 ready = self.fuse.readable() => ready,
@@ -466,11 +467,8 @@ impl Volume {
             };
             let Ok(mut ready) = ready else { return };
             for _ in 0..BATCH {
-                // One buffer to land in, and one of each class for what the request turns out to be.
-                if landing.borrow().is_none() {
-                    let landed = self.pool.take(Class::Large);
-                    *landing.borrow_mut() = landed;
-                }
+                // Buffers to land in, and one of each class for what the request turns out to be.
+                landing.borrow_mut().refill(&self.pool);
                 if !self.may_take_another(&self.pool) {
                     tokio::select! {
                         () = self.pool.until(|pool| self.may_take_another(pool)) => {}
@@ -478,21 +476,17 @@ impl Volume {
                     }
                     continue;
                 }
-                let mut buffer = landing.take().unwrap_or_else(|| self.pool.take_or_make(Class::Large));
-                let start = PAGE - fuse::WRITE_HEAD;
-                let read = self.fuse.read(&mut buffer.bytes_mut()[start..]);
-                let left = match read {
-                    // Its buffer is gone with what panicked; there is always another one.
-                    Ok(len) => self.guard(|| self.request(buffer, start, len)).flatten(),
-                    Err(_) => Some(buffer),
-                };
-                let large_write = left.is_none();
-                landing.replace(left);
+                let read = landing.borrow_mut().fill(&self.pool, |parts| self.fuse.read(parts));
                 match read {
-                    // The disks begin with it while the next one is copied, which takes about as long.
-                    Ok(_) if large_write => submitted().await,
+                    Ok(len) => {
+                        let large_write = self.guard(|| self.request(&landing, len)) == Some(true);
+                        // The disks begin with it while the next one is copied, which takes about as long.
+                        if large_write {
+                            submitted().await;
+                        }
+                    }
                     // A request was taken back before it was read.
-                    Ok(_) | Err(rustix::io::Errno::NOENT | rustix::io::Errno::INTR) => {}
+                    Err(rustix::io::Errno::NOENT | rustix::io::Errno::INTR) => {}
                     Err(rustix::io::Errno::WOULDBLOCK) => {
                         ready.clear_ready();
                         break;
@@ -513,11 +507,12 @@ impl Volume {
         }
     }
 
-    /// Takes up one request. Gives the buffer back if the request did not need it.
-    fn request(self: &Rc<Self>, buffer: Buffer, start: usize, len: usize) -> Option<Buffer> {
-        let Some(request) = fuse::decode(&buffer.bytes()[start..start + len]) else {
+    /// Takes up one request. Whether it is a large write.
+    fn request(self: &Rc<Self>, landing: &RefCell<Landing>, len: usize) -> bool {
+        let request = fuse::decode(landing.borrow().head(len), len);
+        let Some(request) = request else {
             error!(len, "the kernel sent something that is no FUSE request");
-            return Some(buffer);
+            return false;
         };
         let size = self.blocks.get() * BLOCK_SIZE;
         let unique = request.unique;
@@ -551,20 +546,14 @@ impl Volume {
             Operation::Write { offset, size: len } => {
                 let Some(range) = blocks(offset, len.into()) else {
                     self.fuse.reply(unique, libc::EINVAL, &[]);
-                    return Some(buffer);
+                    return false;
                 };
-                let request = io::Request::Write { range, fua: false };
-                if Class::of_payload(len as usize) == Class::Small {
-                    let mut small = self.pool.take_or_make(Class::Small);
-                    small.bytes_mut()[..len as usize].copy_from_slice(&buffer.bytes()[PAGE..PAGE + len as usize]);
-                    self.submit(unique, Answer::Written(len), Some((Rc::new(small), 0)), request);
-                } else {
-                    self.submit(unique, Answer::Written(len), Some((Rc::new(buffer), PAGE)), request);
-                    return None;
-                }
+                let (payload, start) = landing.borrow_mut().payload(&self.pool, len as usize);
+                self.submit(unique, Answer::Written(len), Some((Rc::new(payload), start)), io::Request::Write { range, fua: false });
+                return Class::of_payload(len as usize) == Class::Large;
             }
         }
-        Some(buffer)
+        false
     }
 
     fn submit(self: &Rc<Self>, unique: u64, answer: Answer, payload: Option<(Rc<Buffer>, usize)>, request: io::Request) {

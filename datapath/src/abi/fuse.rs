@@ -216,10 +216,11 @@ pub(crate) fn watch(device: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     unsafe { AsyncFd::register(device) }.map_err(Into::into)
 }
 
-/// Decodes what was read from the FUSE device. `None`: not a whole request.
-pub(crate) fn decode(bytes: &[u8]) -> Option<Request> {
-    let (header, body) = InHeader::read_from_prefix(bytes).ok()?;
-    if header.len as usize != bytes.len() {
+/// Decodes a request of `len` bytes that was read from the FUSE device, by its beginning: `WRITE_HEAD` bytes, or all of it if that is less.
+/// `None`: not a whole request.
+pub(crate) fn decode(head: &[u8], len: usize) -> Option<Request> {
+    let (header, body) = InHeader::read_from_prefix(head).ok()?;
+    if header.len as usize != len {
         return None;
     }
     let word = |n: usize| Some(u32::from_ne_bytes(body.get(n * 4..n * 4 + 4)?.try_into().ok()?));
@@ -241,8 +242,8 @@ pub(crate) fn decode(bytes: &[u8]) -> Option<Request> {
             Operation::Read { offset: io.offset, size: io.size }
         }
         opcode::WRITE => {
-            let (io, payload) = IoIn::read_from_prefix(body).ok()?;
-            if payload.len() != io.size as usize {
+            let (io, _) = IoIn::read_from_prefix(body).ok()?;
+            if len - WRITE_HEAD != io.size as usize {
                 return None;
             }
             Operation::Write { offset: io.offset, size: io.size }
@@ -361,9 +362,12 @@ mod tests {
         body.resize(40 + 4096, 1);
         let whole = request(opcode::WRITE, &body);
         let expected = Request { unique: 77, operation: Operation::Write { offset: 8192, size: 4096 } };
-        assert_eq!(decode(&whole), Some(expected));
+        assert_eq!(decode(&whole, whole.len()), Some(expected));
         body.truncate(40 + 4095);
-        assert_eq!(decode(&request(opcode::WRITE, &body)), None);
+        let cut = request(opcode::WRITE, &body);
+        assert_eq!(decode(&cut, cut.len()), None);
+        let head = &whole[..WRITE_HEAD];
+        assert_eq!((decode(head, whole.len()), decode(head, whole.len() - 1)), (Some(expected), None));
     }
 
     #[test]
@@ -371,7 +375,7 @@ mod tests {
         for opcode in 0..60 {
             let whole = request(opcode, &[0; 64]);
             for len in 0..whole.len() {
-                assert_eq!(decode(&whole[..len]), None, "opcode {opcode}, {len} bytes");
+                assert_eq!(decode(&whole[..len], len), None, "opcode {opcode}, {len} bytes");
             }
         }
     }
@@ -382,7 +386,8 @@ mod tests {
             let mut body = vec![0; 32];
             body[16..24].copy_from_slice(&4096u64.to_ne_bytes());
             body[24..28].copy_from_slice(&mode.to_ne_bytes());
-            let operation = decode(&request(opcode::FALLOCATE, &body)).unwrap().operation;
+            let whole = request(opcode::FALLOCATE, &body);
+            let operation = decode(&whole, whole.len()).unwrap().operation;
             assert_eq!(operation == Operation::Zero { offset: 0, length: 4096 }, zero, "mode {mode:#x}: {operation:?}");
         }
     }

@@ -5,13 +5,11 @@
 //! does everything that comes. The dirty bits tell the next assembly what may differ, as after a kill.
 
 use std::{
-    future::poll_fn,
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::pin,
     rc::Rc,
-    task::Poll,
 };
 
+use futures::FutureExt;
 use lockstep_core::units::{Errno, Tag};
 use tracing::error;
 
@@ -30,10 +28,12 @@ impl Volume {
     /// Spawns it on this thread.
     pub(super) fn spawn(self: &Rc<Self>, work: impl Future<Output = ()> + 'static) {
         let volume = Rc::clone(self);
-        drop(tokio_uring::spawn(async move {
-            let mut work = pin!(work);
-            poll_fn(|context| volume.guard(|| work.as_mut().poll(context)).unwrap_or(Poll::Ready(()))).await;
-        }));
+        let guarded = AssertUnwindSafe(work).catch_unwind().map(move |ended| {
+            if ended.is_err() {
+                volume.fail_everything();
+            }
+        });
+        drop(tokio_uring::spawn(guarded));
     }
 
     fn fail_everything(&self) {

@@ -19,16 +19,20 @@ pub fn fuse(data: &[u8]) {
         bytes[4..8].copy_from_slice(&opcode::WRITE.to_ne_bytes());
         let payload = (bytes.len() - WRITE_HEAD) as u32;
         bytes[IN_HEADER + 16..IN_HEADER + 20].copy_from_slice(&payload.to_ne_bytes());
-        let Some(Request { operation: Operation::Write { size, .. }, .. }) = decode(&bytes) else { panic!("it is a whole write") };
+        let Some(Request { operation: Operation::Write { size, .. }, .. }) = decode(&bytes, bytes.len()) else {
+            panic!("it is a whole write")
+        };
         assert_eq!(size, payload);
         read(&bytes);
     }
 }
 
 fn read(bytes: &[u8]) {
-    let Some(request) = decode(bytes) else { return };
+    let decoded = decode(bytes, bytes.len());
+    assert_eq!(decode(&bytes[..bytes.len().min(WRITE_HEAD)], bytes.len()), decoded, "what follows the head does not matter");
+    let Some(request) = decoded else { return };
     assert!(bytes.len() >= IN_HEADER);
-    assert_eq!(decode(&bytes[..bytes.len() - 1]), None, "a part of it is no request");
+    assert_eq!(decode(&bytes[..bytes.len() - 1], bytes.len() - 1), None, "a part of it is no request");
     let body = match request.operation {
         Operation::Write { size, .. } => {
             assert_eq!(bytes.len(), WRITE_HEAD + size as usize);
@@ -48,7 +52,8 @@ fn read(bytes: &[u8]) {
     let reply = reply_header(request.unique, 5, body);
     assert_eq!(reply[..4], ((REPLY_HEAD + body) as u32).to_ne_bytes());
     assert_eq!((&reply[4..8], &reply[8..]), (&(-5i32).to_ne_bytes()[..], &request.unique.to_ne_bytes()[..]));
-    assert_eq!(decode(&encode(request)), Some(request));
+    let whole = encode(request);
+    assert_eq!(decode(&whole, whole.len()), Some(request));
 }
 
 /// What a kernel would have sent.
