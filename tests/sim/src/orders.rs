@@ -45,7 +45,9 @@ impl World {
 
     fn fingerprint(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
-        (&self.mirror, &self.disks, &self.witness, &self.answers).hash(&mut hasher);
+        (&self.mirror, &self.disks, &self.witness, &self.answers, &self.last_read).hash(&mut hasher);
+        // What was read and is not written yet.
+        self.copies.map(|copy| copy.map(|memory| &self.memory[&memory])).hash(&mut hasher);
         for (io, work) in &self.work {
             io.hash(&mut hasher);
             if let Work::Leg(.., data) = work {

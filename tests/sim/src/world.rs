@@ -94,7 +94,7 @@ pub struct World {
     pub(crate) memory: BTreeMap<Memory, Vec<u64>>,
     pub(crate) next_memory: Memory,
     pub(crate) buffers: BTreeMap<Tag, Memory>,
-    last_read: BTreeMap<Tag, u64>,
+    pub(crate) last_read: BTreeMap<Tag, u64>,
     zeroed: BTreeSet<u64>,
     pub(crate) copies: [Option<Memory>; 4],
     next_tag: u64,
@@ -116,16 +116,25 @@ fn leg_id(slot: Slot) -> LegId {
 impl World {
     /// A new volume, assembled.
     pub fn new(seed: u64) -> Self {
-        Self::with_limits(seed, Limits::default())
+        Self::built(seed, BLOCKS, Limits::default())
+    }
+
+    /// A new volume of so many blocks, assembled.
+    pub fn sized(seed: u64, blocks: u64) -> Self {
+        Self::built(seed, blocks, Limits::default())
     }
 
     /// A new volume, assembled to bound itself like this.
     pub fn with_limits(seed: u64, limits: Limits) -> Self {
+        Self::built(seed, BLOCKS, limits)
+    }
+
+    fn built(seed: u64, blocks: u64, limits: Limits) -> Self {
         let legs = [leg_id(Slot::A), leg_id(Slot::B)];
         let disk = |slot| Disk {
             durable: BTreeMap::new(),
             cache: BTreeMap::new(),
-            meta: format::new_leg(VOLUME, legs, leg_id(slot), BLOCKS)[..META].to_vec(),
+            meta: format::new_leg(VOLUME, legs, leg_id(slot), blocks)[..META].to_vec(),
             hung: false,
             dead: false,
             bad: BTreeSet::new(),
@@ -133,7 +142,7 @@ impl World {
             meta_fails: false,
         };
         let disks = [disk(Slot::A), disk(Slot::B)];
-        let witness = format::new_witness(VOLUME, legs, BLOCKS);
+        let witness = format::new_witness(VOLUME, legs, blocks);
         let mut rng = Rng(seed);
         let (mirror, out) = start(&disks, Some(&witness), None, None, limits, &mut rng).expect("a new volume assembles");
         let mut world = Self {
@@ -527,9 +536,9 @@ impl World {
 
     /// A blank disk in a slot whose leg is OUT: an empty leg is filled from nothing.
     pub fn replace(&mut self, slot: Slot) -> Tag {
-        let leg = LegId([100 + self.rng.below(100) as u8; 16]);
+        let (leg, blocks) = (LegId([100 + self.rng.below(100) as u8; 16]), self.mirror.status().blocks);
         let disk = &mut self.disks[slot.index()];
-        disk.meta = format::spare_leg(VOLUME, leg, BLOCKS)[..META].to_vec();
+        disk.meta = format::spare_leg(VOLUME, leg, blocks)[..META].to_vec();
         disk.bad.clear();
         disk.durable.clear();
         disk.cache.clear();

@@ -10,45 +10,6 @@ use lockstep_sim::World;
 use crate::{answered, cut_off, in_flight_on, range, run_dry, warm, written_behind_a_resync};
 
 #[test]
-fn case_33_what_one_leg_cannot_read_the_other_serves_and_it_is_repaired() {
-    for seed in 0..20 {
-        let mut world = warm(seed);
-        world.write(range(0, 8));
-        world.settle();
-        for racing_write in [false, true] {
-            world.disks[0].bad.insert(3);
-            for _ in 0..4 {
-                let read = world.read(range(0, 8));
-                if racing_write {
-                    world.write(range(3, 5));
-                }
-                world.settle();
-                assert_eq!(world.answers[&read], Ok(()));
-            }
-            assert!(world.disks[0].bad.is_empty(), "not repaired");
-        }
-        assert!(world.disks[0].bad.is_empty() && world.healthy());
-        world.assert_identical();
-    }
-}
-
-#[test]
-fn case_34_what_no_leg_can_read_fails_alone_until_it_is_written() {
-    let mut world = warm(13);
-    world.write(range(0, 8));
-    world.settle();
-    for disk in &mut world.disks {
-        disk.bad.insert(3);
-    }
-    assert!(world.read_now(3).is_err());
-    assert_eq!((world.read_now(2), world.read_now(4)), (Ok(2), Ok(2)));
-    assert!(world.healthy(), "nobody goes OUT for it");
-    world.write(range(3, 4));
-    world.settle();
-    assert_eq!(world.read_now(3), Ok(3));
-}
-
-#[test]
 fn case_41_no_space_takes_nobody_out_and_leaves_the_legs_equal() {
     for (a, b) in [(true, false), (false, true), (true, true)] {
         for seed in 0..20 {
@@ -286,31 +247,4 @@ fn rule_26_a_repair_that_fails_takes_the_leg_out() {
         run_dry(&mut world);
     }
     assert!(world.notices.contains(&Notice::LegOut { slot: Slot::A }));
-}
-
-#[test]
-fn case_38_a_discard_leaves_zeroes_on_both_legs_or_is_not_done_at_all() {
-    for (a, b) in [(false, false), (true, false), (false, true), (true, true)] {
-        for seed in 0..20 {
-            let mut world = warm(seed);
-            world.write(range(0, 16));
-            world.settle();
-            (world.disks[0].full, world.disks[1].full) = (a, b);
-            let discard = world.zero(range(4, 12));
-            while !world.answers.contains_key(&discard) {
-                assert!(world.step(), "the discard never ended");
-            }
-            (world.disks[0].full, world.disks[1].full) = (false, false);
-            world.settle();
-            let (answer, found) = if a || b { (Err(Errno::ENOSPC), None) } else { (Ok(()), Some([2, 0, 0, 2])) };
-            assert_eq!(world.answers[&discard], answer);
-            assert!(world.healthy());
-            world.assert_identical();
-            if let Some(found) = found {
-                for disk in &world.disks {
-                    assert_eq!([3, 4, 11, 12].map(|block| disk.read(block)), found);
-                }
-            }
-        }
-    }
 }

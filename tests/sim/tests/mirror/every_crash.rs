@@ -1,59 +1,14 @@
 //! A crash, or a disk that goes, at every moment (mirror rules 17 to 24).
 
-use std::collections::BTreeSet;
-
 use lockstep_core::{
-    format::{self, REGION_BLOCKS},
+    format,
     io::{Fill, LegOp, Notice, Outcome, Request},
     status::{LegState, Sync},
     units::{Errno, Slot},
 };
-use lockstep_sim::{Disk, Rng, VOLUME, World};
+use lockstep_sim::{Disk, VOLUME, World};
 
-use crate::{in_flight_on, miss_and_return, range, run_dry, warm};
-
-/// Power cuts at this moment, each with other survivors of what was volatile.
-fn power_cuts(world: &World, cuts: u64) -> impl Iterator<Item = World> {
-    (0..cuts).map(|cut| {
-        let mut after = world.clone();
-        after.rng = Rng(cut);
-        after.crash([true, true]).expect("both are IN");
-        after
-    })
-}
-
-fn differing(world: &World) -> BTreeSet<u64> {
-    let [a, b] = &world.disks;
-    let blocks = a.durable.keys().chain(b.durable.keys());
-    blocks.copied().filter(|block| a.read(*block) != b.read(*block)).collect()
-}
-
-/// After a power cut: where the copies differ a bit says so, what is read there does not change any more, each block is one of these, and the copies become equal.
-fn assert_resynced(mut world: World, block: u64, may_be: &[u64]) {
-    let dirty = world.disks[0].dirty_regions().union(&world.disks[1].dirty_regions()).copied().collect::<Vec<_>>();
-    for block in differing(&world) {
-        assert!(dirty.contains(&(block / REGION_BLOCKS)), "{block} differs and nothing says so: {}", world.trace());
-    }
-    let found = world.read_now(block).expect("both can read");
-    assert!(may_be.contains(&found), "{found}: {}", world.trace());
-    world.settle();
-    assert!(world.healthy() && world.mirror.status().dirty_regions == 0);
-    world.assert_identical();
-    assert_eq!(world.read_now(block), Ok(found), "{}", world.trace());
-    for block in block..block + 4 {
-        assert!(may_be.contains(&world.disks[0].read(block)));
-    }
-}
-
-/// Blocks 0 to 8 hold 2, durably.
-fn flushed(seed: u64) -> World {
-    let mut world = warm(seed);
-    world.write(range(0, 8));
-    run_dry(&mut world);
-    world.flush();
-    run_dry(&mut world);
-    world
-}
+use crate::{assert_resynced, flushed, in_flight_on, miss_and_return, power_cuts, range, run_dry, warm};
 
 #[test]
 fn case_18_after_a_power_cut_before_the_flush_each_block_is_old_or_new_and_the_legs_are_equal() {
@@ -65,22 +20,6 @@ fn case_18_after_a_power_cut_before_the_flush_each_block_is_old_or_new_and_the_l
         power_cuts(world, 12).for_each(|after| assert_resynced(after, 2, &[2, 3]));
     });
     assert!(answered > 0);
-}
-
-#[test]
-fn case_19_a_write_that_is_torn_on_b_only_is_found_by_its_bit_and_made_equal() {
-    let mut world = flushed(1);
-    world.write(range(2, 6));
-    let on_a = in_flight_on(&world, Slot::A, |op| matches!(op, LegOp::Write { .. })).expect("it was issued");
-    world.finish(on_a);
-    let cache = std::mem::take(&mut world.disks[0].cache);
-    world.disks[0].durable.extend(cache);
-    let mut torn = 0;
-    for after in power_cuts(&world, 40) {
-        torn += usize::from((1..4).contains(&differing(&after).len()));
-        assert_resynced(after, 2, &[2, 3]);
-    }
-    assert!(torn > 10, "{torn}");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use lockstep_core::{
 };
 use lockstep_sim::{Rng, World};
 
-use crate::{in_flight_on, range, run_dry, warm};
+use crate::{assert_equal_again, flushed, in_flight_on, power_cuts, range, run_dry, warm};
 
 /// The ranges of the writes that a leg has in flight.
 fn writes_on(world: &World, slot: Slot) -> Vec<BlockRange> {
@@ -36,28 +36,6 @@ fn assert_in_order(world: &World, writes: &[(Tag, BlockRange)]) {
 
 fn witness_says_out(world: &World) -> bool {
     format::witness(&world.witness).expect("a slot is whole").0.record.members[1].state == MemberState::Out
-}
-
-/// Power cuts at this moment, each with other survivors of what was volatile; both disks come back.
-fn power_cuts(world: &World, cuts: u64) -> impl Iterator<Item = World> {
-    (0..cuts).map(move |cut| {
-        let mut after = world.clone();
-        after.rng = Rng(cut);
-        after.disks.iter_mut().for_each(|disk| disk.dead = false);
-        after.crash([true, true]).unwrap_or_else(|refusal| panic!("{refusal}: {}", world.trace()));
-        after
-    })
-}
-
-/// The copies are the same where both count; and then B gets what it missed.
-fn assert_equal_again(world: &mut World) {
-    world.settle();
-    if world.mirror.status().legs[1].state == LegState::Out {
-        world.bring_back(Slot::B);
-        world.settle();
-    }
-    assert!(world.healthy(), "{:?}", world.mirror.status());
-    world.assert_identical();
 }
 
 #[test]
@@ -394,11 +372,7 @@ fn case_39_in_every_order_an_error_of_the_last_leg_goes_to_its_caller_alone_and_
 #[test]
 fn case_41_in_every_order_what_finds_no_space_takes_nobody_out_and_each_block_is_old_or_new_on_both_legs_after_a_power_cut() {
     for full in [[true, false], [false, true], [true, true]] {
-        let mut world = warm(1);
-        world.write(range(0, 8));
-        run_dry(&mut world);
-        world.flush();
-        run_dry(&mut world);
+        let mut world = flushed(1);
         world.disks.iter_mut().zip(full).for_each(|(disk, full)| disk.full = full);
         let write = world.write(range(2, 6));
         let mut answered = 0;
@@ -472,11 +446,7 @@ fn case_47_in_every_order_a_leg_that_goes_out_costs_nothing_whatever_comes_back_
 fn case_49_whichever_leg_fails_a_write_first_that_both_fail_nobody_goes_out_and_the_legs_end_equal_after_a_power_cut_at_every_moment() {
     // What the legs made of it before they failed. The resync has too many orders for all of them.
     for (seed, took, first) in (0..8).flat_map(|n| Slot::BOTH.map(|first| (n / 4, n % 4, first))) {
-        let mut world = warm(seed);
-        world.write(range(0, 8));
-        run_dry(&mut world);
-        world.flush();
-        run_dry(&mut world);
+        let mut world = flushed(seed);
         let tags = [range(2, 6), range(4, 8)].map(|range| world.write(range));
         let write = |slot| in_flight_on(&world, slot, |op| matches!(op, LegOp::Write { .. })).expect("it was issued");
         let [one, two] = [first, first.other()].map(write);

@@ -8,7 +8,9 @@ mod changes;
 mod crash;
 mod deadlines;
 mod errors;
+mod every_copy;
 mod every_crash;
+mod every_moment;
 mod every_order;
 mod histories;
 mod membership;
@@ -16,12 +18,15 @@ mod order;
 mod reads;
 mod scrub;
 
+use std::collections::BTreeSet;
+
 use lockstep_core::{
+    format::REGION_BLOCKS,
     io::LegOp,
     status::{LegState, Sync},
     units::{BlockRange, IoId, Slot, Tag},
 };
-use lockstep_sim::World;
+use lockstep_sim::{Rng, World};
 
 fn range(start: u64, end: u64) -> BlockRange {
     BlockRange::new(start, end)
@@ -33,6 +38,16 @@ fn warm(seed: u64) -> World {
     while world.step() {}
     world.write(range(0, 1));
     while world.step() {}
+    world
+}
+
+/// Blocks 0 to 8 hold 2, durably.
+fn flushed(seed: u64) -> World {
+    let mut world = warm(seed);
+    world.write(range(0, 8));
+    run_dry(&mut world);
+    world.flush();
+    run_dry(&mut world);
     world
 }
 
@@ -111,5 +126,50 @@ fn run_dry(world: &mut World) {
 fn answered(world: &mut World, tags: &[Tag]) {
     while !tags.iter().all(|tag| world.answers.contains_key(tag)) {
         assert!(world.step(), "a write that never ends");
+    }
+}
+
+/// Power cuts at this moment, each with other survivors of what was volatile; both disks come back.
+fn power_cuts(world: &World, cuts: u64) -> impl Iterator<Item = World> {
+    (0..cuts).map(move |cut| {
+        let mut after = world.clone();
+        after.rng = Rng(cut);
+        after.disks.iter_mut().for_each(|disk| disk.dead = false);
+        after.crash([true, true]).unwrap_or_else(|refusal| panic!("{refusal}: {}", world.trace()));
+        after
+    })
+}
+
+/// The copies are the same where both count; and then B gets what it missed.
+fn assert_equal_again(world: &mut World) {
+    world.settle();
+    if world.mirror.status().legs[1].state == LegState::Out {
+        world.bring_back(Slot::B);
+        world.settle();
+    }
+    assert!(world.healthy(), "{:?}", world.mirror.status());
+    world.assert_identical();
+}
+
+fn differing(world: &World) -> BTreeSet<u64> {
+    let [a, b] = &world.disks;
+    let blocks = a.durable.keys().chain(b.durable.keys());
+    blocks.copied().filter(|block| a.read(*block) != b.read(*block)).collect()
+}
+
+/// After a power cut: where the copies differ a bit says so, what is read there does not change any more, each block is one of these, and the copies become equal.
+fn assert_resynced(mut world: World, block: u64, may_be: &[u64]) {
+    let dirty = world.disks[0].dirty_regions().union(&world.disks[1].dirty_regions()).copied().collect::<Vec<_>>();
+    for block in differing(&world) {
+        assert!(dirty.contains(&(block / REGION_BLOCKS)), "{block} differs and nothing says so: {}", world.trace());
+    }
+    let found = world.read_now(block).expect("both can read");
+    assert!(may_be.contains(&found), "{found}: {}", world.trace());
+    world.settle();
+    assert!(world.healthy() && world.mirror.status().dirty_regions == 0);
+    world.assert_identical();
+    assert_eq!(world.read_now(block), Ok(found), "{}", world.trace());
+    for block in block..block + 4 {
+        assert!(may_be.contains(&world.disks[0].read(block)));
     }
 }
