@@ -96,9 +96,9 @@ impl Error {
             Self::Precondition(_) => Code::FailedPrecondition,
             Self::DataLoss(_) => Code::DataLoss,
             // The caller comes again; by then the operator has acted, or the old I/O is over.
-            Self::Datapath(Mirror::Refused(_) | Mirror::Damaged { .. } | Mirror::Meta { .. } | Mirror::Truncated { .. }) => {
-                Code::FailedPrecondition
-            }
+            Self::Datapath(
+                Mirror::Refused(_) | Mirror::Damaged { .. } | Mirror::AllDamaged { .. } | Mirror::Meta { .. } | Mirror::Truncated { .. },
+            ) => Code::FailedPrecondition,
             Self::Starting | Self::Datapath(Mirror::LegBusy { .. } | Mirror::Gone) => Code::Unavailable,
             Self::Datapath(Mirror::Io { .. } | Mirror::Mirror(_) | Mirror::NoFlush { .. } | Mirror::Holder(_) | Mirror::Panicked) => {
                 Code::Internal

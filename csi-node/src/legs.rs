@@ -157,6 +157,17 @@ pub fn object(dir: &Path) -> Result<Option<MirrorVolume>, StateError> {
     Ok(read_volume_file(dir)?.map(|file| MirrorVolume::new(&file.volume, file.spec)))
 }
 
+/// Whether an operator once forced the volume of this leg to be assembled. Blocks.
+///
+/// # Errors
+/// If that cannot be told.
+pub fn was_forced(dir: &Path) -> Result<bool, Error> {
+    let path = dir.join("meta");
+    let meta = fs::read(&path).map_err(Error::io(format!("reading {}", path.display())))?;
+    let summary = format::peek(&meta).map_err(|source| lockstep_datapath::Error::Meta { path, source })?;
+    Ok(summary.forced)
+}
+
 /// Removes a leg. `meta` goes first, so that half of a leg is never taken for a whole one. Not there: nothing done. Blocks. XFS gives back
 /// the space of a removed file when it likes, and that of a shortened one at once.
 ///

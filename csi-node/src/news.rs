@@ -65,17 +65,16 @@ impl<S: Store> Node<S> {
 
     /// A mirror is not assembled from what was found.
     pub(crate) fn tell_of_refusal(self: &Arc<Self>, volume: &MirrorVolume, error: &Error) {
-        let (reason, message) = match error {
-            Error::Datapath(lockstep_datapath::Error::Refused(refusal)) => {
-                let reason = if matches!(refusal, Refusal::SplitBrain(..)) { "SplitBrainRefused" } else { "LegRefused" };
-                (reason, format!("the volume is not served: {refusal}. README, \"When a disk fails\", says how"))
-            }
-            Error::Datapath(damaged @ lockstep_datapath::Error::Damaged { .. }) => {
-                ("LegRefused", format!("the volume is not served: {damaged}"))
-            }
+        use lockstep_datapath::Error as Mirror;
+        let Error::Datapath(error) = error else { return };
+        let how = match error {
+            Mirror::Refused(_) => ". README, \"When a disk fails\", says how",
+            Mirror::Damaged { .. } | Mirror::AllDamaged { .. } => "",
             _ => return,
         };
-        self.tell_of_volume(volume, vec![news(true, reason, message)]);
+        let split = matches!(error, Mirror::Refused(Refusal::SplitBrain(..)) | Mirror::Damaged { refusal: Refusal::SplitBrain(..), .. });
+        let reason = if split { "SplitBrainRefused" } else { "LegRefused" };
+        self.tell_of_volume(volume, vec![news(true, reason, format!("the volume is not served: {error}{how}"))]);
     }
 }
 

@@ -65,21 +65,41 @@ pub(crate) fn drain(file: &File) -> io::Result<()> {
     }
 }
 
+/// The legs that there are.
+#[derive(Debug, Default)]
+pub(crate) struct Legs {
+    /// Open, and nobody else's.
+    pub(crate) open: Vec<OpenLeg>,
+    /// Why others are left out.
+    pub(crate) left_out: Vec<Error>,
+}
+
+impl Legs {
+    fn add(&mut self, opened: Result<OpenLeg, Error>) {
+        match opened {
+            Ok(leg) => self.open.push(leg),
+            Err(error) => {
+                warn!(%error, "a leg is left out");
+                self.left_out.push(error);
+            }
+        }
+    }
+}
+
 /// Opens every leg that there is. One whose last I/O is not over is waited for: without it the leg would be taken out for nothing.
-pub(crate) fn open_legs(legs: &[LegPath]) -> Result<Vec<OpenLeg>, Error> {
-    let mut found = Vec::new();
+pub(crate) fn open_legs(legs: &[LegPath]) -> Result<Legs, Error> {
+    let mut found = Legs::default();
     for path in legs {
         match OpenLeg::open(&path.dir, FENCE_DEADLINE, Before::Ended) {
-            Ok(leg) => found.push(leg),
             Err(error @ Error::LegBusy { .. }) => return Err(error),
-            Err(error) => warn!(%error, "a leg is left out"),
+            opened => found.add(opened),
         }
     }
     Ok(found)
 }
 
 /// Opens every leg that can be opened in this time, each apart from the others: a hung disk keeps nobody waiting for longer.
-pub(crate) fn open_legs_by(legs: &[LegPath], limit: Duration, before: Before) -> Vec<OpenLeg> {
+pub(crate) fn open_legs_by(legs: &[LegPath], limit: Duration, before: Before) -> Legs {
     let (sender, opened) = mpsc::channel();
     for path in legs {
         let (sender, dir) = (sender.clone(), path.dir.clone());
@@ -88,11 +108,10 @@ pub(crate) fn open_legs_by(legs: &[LegPath], limit: Duration, before: Before) ->
     }
     drop(sender);
     let deadline = Instant::now() + limit;
-    let mut found = Vec::new();
+    let mut found = Legs::default();
     loop {
         match opened.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(Ok(leg)) => found.push(leg),
-            Ok(Err(error)) => warn!(%error, "a leg is left out"),
+            Ok(opened) => found.add(opened),
             Err(RecvTimeoutError::Disconnected) => return found,
             Err(RecvTimeoutError::Timeout) => {
                 warn!(seconds = limit.as_secs(), "a leg that does not answer is left out");

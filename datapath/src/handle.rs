@@ -11,8 +11,8 @@ use std::{
 
 use lockstep_core::{
     Mirror,
-    assembly::{Assembly, Limits, Refusal, assemble},
-    format,
+    assembly::{Assembly, Limits, assemble},
+    format::{self, MetaError},
     io::{Effects, Fill, Notice, Request},
     status::{LegState, Status},
     units::{BLOCK_SIZE, Epoch, Errno, Instant, LegId, Slot, VolumeId},
@@ -25,7 +25,7 @@ use crate::{
     abi::{fuse, loop_device::LoopDevice},
     device::{self, Mount},
     error::{Context, Error},
-    fence::{self, Before},
+    fence::{self, Before, Legs},
     leg::{self, OpenLeg},
     thread::Thread,
     volume::{Command, Start},
@@ -146,7 +146,7 @@ impl Datapath {
     /// first. A leg that cannot be opened is left out, if the mirror may do without it.
     ///
     /// # Errors
-    /// `Error::Refused` if the mirror must not be used as it was found; `Error::LegBusy`: try again; `Error::Io`, `Error::Truncated`,
+    /// `Error::Refused`, `Error::Damaged`, `Error::AllDamaged` if the mirror must not be used as it was found; `Error::LegBusy`: try again; `Error::Io`, `Error::Truncated`,
     /// `Error::NoFlush`, `Error::Holder`.
     pub async fn open(&self, spec: VolumeSpec) -> Result<Volume, Error> {
         let (witness, holder, name) = (spec.witness.clone(), self.holder.clone(), spec.volume.to_string());
@@ -309,7 +309,7 @@ fn open(spec: &VolumeSpec, holder: Option<&Holder>, limits: Limits) -> Result<Op
     Ok(assembled.opened(mount, fuse))
 }
 
-fn assembled(spec: &VolumeSpec, found: Vec<OpenLeg>, limits: Limits) -> Result<Assembled, Error> {
+fn assembled(spec: &VolumeSpec, Legs { open: found, left_out }: Legs, limits: Limits) -> Result<Assembled, Error> {
     let mut witness = Vec::new();
     let witness_file = OpenOptions::new()
         .read(true)
@@ -334,9 +334,10 @@ fn assembled(spec: &VolumeSpec, found: Vec<OpenLeg>, limits: Limits) -> Result<A
         limits,
     };
     let mut effects = Effects::new();
-    let assembled = assemble(&assembly, &mut effects).map_err(|refusal| match refusal {
-        Refusal::NoLeg if !found.is_empty() => Error::Damaged { metas: found.iter().map(|leg| leg.dir.join("meta")).collect() },
-        refusal => refusal.into(),
+    let assembled = assemble(&assembly, &mut effects).map_err(|refusal| {
+        let damaged = found.iter().filter(|leg| format::peek(&leg.meta).map(|summary| summary.volume) != Ok(spec.volume));
+        let damaged = damaged.map(|leg| Error::Meta { path: leg.dir.join("meta"), source: MetaError::Damaged });
+        Error::refused(refusal, damaged.chain(left_out).collect())
     })?;
     let status = assembled.mirror.status();
     let bytes = status.blocks * BLOCK_SIZE;

@@ -1,11 +1,14 @@
 //! Which leg is filled, and where: the same disk if it is back, else another one with room.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
 use lockstep_datapath::{
     LegPath,
     core::{
-        format,
+        format::{self, MetaError},
         io::Fill,
         status::{LegState, Status, Sync},
         units::{BLOCK_SIZE, Errno, LegId, Slot},
@@ -124,7 +127,14 @@ impl<S: Store> Node<S> {
             // A member whose place is not free yet has no answer, which is not "never".
             let member = status.legs.iter().any(|member| member.id == leg.leg);
             let never = match readmission {
-                Ok(Some((_, Fill::Everything))) | Err(lockstep_datapath::Error::Meta { .. }) => true,
+                Ok(Some((_, Fill::Everything))) => true,
+                Err(lockstep_datapath::Error::Meta { source: MetaError::Damaged, .. }) => {
+                    let forced = self.was_forced(open, status).await;
+                    if forced {
+                        say_that_it_is_kept(open, leg.leg, &leg.dir);
+                    }
+                    !forced
+                }
                 Ok(None) => !member,
                 Ok(Some((_, Fill::DirtyRegions))) | Err(_) => false,
             };
@@ -133,6 +143,20 @@ impl<S: Store> Node<S> {
             }
         }
         useless
+    }
+
+    /// Where a leg is, if its disk is here.
+    fn dir_of(&self, open: &OpenVolume, leg: LegId) -> Option<PathBuf> {
+        let disk = self.disks.get(&open.disk_of(leg)?)?;
+        Some(legs::dir(&disk, &open.uid, leg))
+    }
+
+    /// Whether a person once chose among the copies, or that cannot be told.
+    async fn was_forced(&self, open: &OpenVolume, status: &Status) -> bool {
+        let counts = status.legs.iter().filter(|leg| leg.state == LegState::In);
+        let dirs: Vec<_> = counts.filter_map(|leg| self.dir_of(open, leg.id)).collect();
+        let forced = blocking(&open.id, move || Ok(dirs.is_empty() || dirs.iter().any(|dir| !matches!(legs::was_forced(dir), Ok(false)))));
+        forced.await.unwrap_or(true)
     }
 
     async fn attach_new(&self, open: &OpenVolume, status: &Status, slot: Slot, found: &[LegDir]) -> Result<Option<Fill>, Error> {
@@ -154,7 +178,7 @@ impl<S: Store> Node<S> {
         }
         let Some(disk) = reserved.as_ref().and_then(crate::disks::Reservation::disk) else { return Ok(None) };
         let object = open.object.clone();
-        let survivors_dir = open.disk_of(survivor).and_then(|name| self.disks.get(&name)).map(|disk| legs::dir(&disk, &open.uid, survivor));
+        let survivors_dir = self.dir_of(open, survivor);
         let (uid, leg) = (open.uid.clone(), LegId(*uuid::Uuid::new_v4().as_bytes()));
         let dir = legs::dir(&disk, &uid, leg);
         let made = {
@@ -206,5 +230,18 @@ impl<S: Store> Node<S> {
             return Ok(());
         }
         self.remove_legs(legs).await
+    }
+}
+
+/// Says once that a copy that nobody counts on stays: what it holds may be newer than what was forced.
+fn say_that_it_is_kept(open: &OpenVolume, leg: LegId, dir: &Path) {
+    let error = format!(
+        "its `meta` is damaged, and another copy was forced, which may be older: so {} is kept. If nothing of its `data` is needed any more, remove that \
+         directory",
+        dir.display()
+    );
+    if open.error_of(leg).as_ref() != Some(&error) {
+        warn!(%error, "a copy that nobody counts on is kept");
+        open.leg_failed(leg, error);
     }
 }

@@ -75,7 +75,7 @@ pub struct Assembled {
 pub enum Refusal {
     /// No usable leg was found.
     NoLeg,
-    /// The legs that are there are stale.
+    /// The legs that are there are stale, or the newest slot of their `meta` has gone bad, which looks the same.
     Stale(LegId),
     /// Only this leg is there and there is no witness to ask.
     NoWitness(LegId),
@@ -92,7 +92,11 @@ impl fmt::Display for Refusal {
         match self {
             Self::NoLeg => write!(f, "no readable leg of this volume was found: bring one of its disks back"),
             Self::Stale(leg) => {
-                write!(f, "leg {leg} is stale, it missed writes: bring the other leg's disk back, or force this one and lose them")
+                write!(
+                    f,
+                    "leg {leg} is stale, it missed writes, or its `meta` is damaged: bring the other leg's disk back, or force this one and lose \
+                     them"
+                )
             }
             Self::NoWitness(leg) => {
                 write!(f, "only leg {leg} is there and the witness is lost: bring the other disk back, or force this one")

@@ -484,12 +484,15 @@ pub struct Summary {
     pub epoch: Epoch,
     /// Which slot its newest superblock is in.
     pub newest: u8,
+    /// An operator once forced this volume to be assembled.
+    pub forced: bool,
 }
 
 /// Reads who a leg is.
 pub fn peek(meta: &[u8]) -> Result<Summary, MetaError> {
     let (sb, newest) = superblock(meta)?;
-    Ok(Summary { volume: sb.volume, leg: sb.leg, blocks: sb.blocks, epoch: sb.record.name.epoch, newest })
+    let forced = sb.flags & FLAG_FORCED != 0;
+    Ok(Summary { volume: sb.volume, leg: sb.leg, blocks: sb.blocks, epoch: sb.record.name.epoch, newest, forced })
 }
 
 #[cfg(test)]

@@ -4,6 +4,8 @@ use std::{
     fs::{self, OpenOptions},
     io::{Seek, SeekFrom, Write},
     os::unix::fs::OpenOptionsExt,
+    path::Path,
+    time::Duration,
 };
 
 use lockstep_csi_tests::{
@@ -178,6 +180,13 @@ fn pipe(text: &str) -> std::process::Stdio {
     file.into()
 }
 
+fn damage(meta: &Path) {
+    let mut meta = OpenOptions::new().write(true).open(meta).unwrap();
+    meta.seek(SeekFrom::Start(0)).unwrap();
+    meta.write_all(&[0xff; 8192]).unwrap();
+    meta.sync_all().unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn damaged_metadata_takes_a_copy_out_and_never_the_volume() {
     let lab = Lab::new(2, 1500);
@@ -187,17 +196,13 @@ async fn damaged_metadata_takes_a_copy_out_and_never_the_volume() {
     fs::write(place.target.join("f"), "x").unwrap();
     place.down(&driver.client).await.unwrap();
     let metas = async |driver: &Driver| driver.copies(&place.id).await.iter().map(|copy| copy.with_file_name("meta")).collect::<Vec<_>>();
-    let damage = |meta: &std::path::Path| {
-        let mut meta = OpenOptions::new().write(true).open(meta).unwrap();
-        meta.seek(SeekFrom::Start(0)).unwrap();
-        meta.write_all(&[0xff; 8192]).unwrap();
-        meta.sync_all().unwrap();
-    };
-    damage(&metas(&driver).await[1]);
+    let damaged = metas(&driver).await[1].clone();
+    damage(&damaged);
     place.up(&driver.client).await.unwrap();
     assert_eq!(fs::read_to_string(place.target.join("f")).unwrap(), "x");
     // The copy is made again, on the same disk, since there is no other.
     driver.until_ready_is(&place.id, "Healthy").await;
+    until("the damaged one gone", || async { (!damaged.exists()).then_some(()) }).await;
     place.down(&driver.client).await.unwrap();
     for meta in metas(&driver).await {
         damage(&meta);
@@ -210,6 +215,50 @@ async fn damaged_metadata_takes_a_copy_out_and_never_the_volume() {
         assert_eq!(alone(&lab, &copy, "ext4", |at| fs::read_to_string(at.join("f")).unwrap()), "x");
     }
     assert!(driver.copies(&place.id).await.iter().all(|copy| copy.exists()), "nothing is thrown away");
+    driver.stop();
+}
+
+/// Beside a stale copy, which says what it is, the best one must not look as if it were lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_metadata_of_the_only_current_copy_is_named_and_that_copy_outlives_a_force() {
+    let mut lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let place = driver.place("v", 128 * MIB, Some("ext4")).await;
+    place.up(&driver.client).await.unwrap();
+    let lost = lab.number_of(&driver.status(&place.id).await.legs[1].disk);
+    lab.fail_disk(lost);
+    fs::write(place.target.join("f"), "only on one").and_then(|()| fs::File::open(place.target.join("f"))?.sync_all()).unwrap();
+    let stale = driver.until_ready_is(&place.id, "Degraded").await.legs[1].leg_id.clone();
+    place.down(&driver.client).await.unwrap();
+    until("unmounted", || async { lab.mount_of(lost).is_none().then_some(()) }).await;
+    lab.pull_disk(lost);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    lab.plug_disk(lost);
+    until("the stale copy back", || async { lab.mount_of(lost) }).await;
+
+    let [best, other]: [_; 2] = driver.copies(&place.id).await.try_into().unwrap();
+    let meta = best.with_file_name("meta");
+    let advice =
+        ["is stale", "bring the other leg's disk back", text(&meta), "before another is forced", "`data`", "A copy without Lockstep"];
+    let good = fs::read(&meta).unwrap();
+    fs::remove_file(&meta).unwrap();
+    says(&place.up(&driver.client).await.unwrap_err(), Code::FailedPrecondition, &[&advice[..], &["No such file"]].concat());
+    fs::write(&meta, good).unwrap();
+    damage(&meta);
+    says(&place.up(&driver.client).await.unwrap_err(), Code::FailedPrecondition, &[&advice[..], &["the file is damaged"]].concat());
+    assert!(best.exists() && meta.exists() && other.exists(), "nothing is thrown away");
+
+    // Forced all the same: there is room for a new copy, and the best one stays.
+    driver.annotate(&place.id, &[("force-leg", &stale)]).await;
+    place.up(&driver.client).await.unwrap();
+    assert!(!place.target.join("f").exists(), "it has what it missed");
+    driver.until_ready_is(&place.id, "Healthy").await;
+    let said = format!("so {} is kept", text(best.parent().unwrap()));
+    until("said to be kept", || async { fs::read_to_string(driver.node_log()).unwrap().contains(&said).then_some(()) }).await;
+    place.down(&driver.client).await.unwrap();
+    assert_eq!(alone(&lab, &best, "ext4", |at| fs::read_to_string(at.join("f")).unwrap()), "only on one");
+    driver.client.delete(&place.id).await.unwrap();
+    assert!(!best.exists(), "it goes with its volume");
     driver.stop();
 }
 
