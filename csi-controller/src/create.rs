@@ -81,7 +81,12 @@ impl<S: Store> Controller<S> {
             let why = match (refused.get(&node), nodes.get(&node)) {
                 (Some(why), _) => why.clone(),
                 (None, None) => "it has no disk of Lockstep".into(),
-                (None, Some(room)) if room.maximum_volume_bytes == 0 => "it has no two usable disks with room left".into(),
+                (None, Some(room)) if room.maximum_volume_bytes == 0 => match nodes.one_disk(&node) {
+                    Some(disk) => {
+                        format!("all its disks that can be used are parts of one physical disk ({disk}), and a second one is needed")
+                    }
+                    None => "it has no two usable disks with room left".into(),
+                },
                 (None, Some(room)) if room.maximum_volume_bytes < wanted.bytes => {
                     format!("the largest volume that fits on two of its disks is {} bytes", room.maximum_volume_bytes)
                 }

@@ -13,7 +13,33 @@ use crate::{Controller, Error};
 
 /// What each node that has disks can still take.
 #[derive(Clone, Debug)]
-pub(crate) struct Nodes(BTreeMap<String, Capacity>);
+pub(crate) struct Nodes(BTreeMap<String, Room>);
+
+#[derive(Clone, Debug)]
+struct Room {
+    capacity: Capacity,
+    /// All that can be used is parts of this physical disk, several of them.
+    one_disk: Option<String>,
+}
+
+/// Usable disks that share a physical one, directly or by others among them. Of these the best counts, since two parts of one disk are not a pair.
+#[derive(Debug)]
+struct Group {
+    physical: BTreeSet<String>,
+    best: u64,
+    disks: usize,
+}
+
+impl Room {
+    fn of(groups: &[Group]) -> Self {
+        let free: Vec<u64> = groups.iter().map(|group| group.best).collect();
+        let one_disk = match groups {
+            [group] if group.disks > 1 => Some(group.physical.iter().map(String::as_str).collect::<Vec<_>>().join(" + ")),
+            _ => None,
+        };
+        Self { capacity: capacity(&free), one_disk }
+    }
+}
 
 /// The free bytes of a disk that can be used; `None`: it cannot.
 pub(crate) fn free(disk: &LocalDisk) -> Option<u64> {
@@ -28,41 +54,45 @@ impl Nodes {
         if let Some(error) = listing.unreadable.into_iter().next() {
             return Err(error.into());
         }
-        // Physical disks with their free bytes: of what shares one the best counts, since two parts of one disk are not a pair.
-        let mut disks: BTreeMap<String, Vec<(BTreeSet<String>, u64)>> = BTreeMap::new();
+        let mut disks: BTreeMap<String, Vec<Group>> = BTreeMap::new();
         for disk in listing.objects {
             let of_node = disks.entry(disk.spec.node.clone()).or_default();
             let identity = disk.status.as_ref().and_then(|status| status.identity.as_ref());
             if let (Some(free), Some(identity)) = (free(&disk), identity) {
-                let (mut parts, mut best) = (identity.physical_disks().map(str::to_owned).collect::<BTreeSet<_>>(), free);
-                for (shared, free) in of_node.extract_if(.., |(other, _)| !other.is_disjoint(&parts)).collect::<Vec<_>>() {
-                    parts.extend(shared);
-                    best = best.max(free);
+                let mut group = Group { physical: identity.physical_disks().map(str::to_owned).collect(), best: free, disks: 1 };
+                for other in of_node.extract_if(.., |other| !other.physical.is_disjoint(&group.physical)).collect::<Vec<_>>() {
+                    group.physical.extend(other.physical);
+                    group.best = group.best.max(other.best);
+                    group.disks += other.disks;
                 }
-                of_node.push((parts, best));
+                of_node.push(group);
             }
         }
-        let room = |free: Vec<(BTreeSet<String>, u64)>| capacity(&free.into_iter().map(|(_, free)| free).collect::<Vec<_>>());
-        Ok(Self(disks.into_iter().map(|(node, free)| (node, room(free))).collect()))
+        Ok(Self(disks.into_iter().map(|(node, groups)| (node, Room::of(&groups))).collect()))
     }
 
     /// What a node can take; `None`: it has no disk of ours.
     pub(crate) fn get(&self, node: &str) -> Option<Capacity> {
-        self.0.get(node).copied()
+        self.0.get(node).map(|room| room.capacity)
+    }
+
+    /// The physical disk that all usable disks of a node are parts of, if there are several.
+    pub(crate) fn one_disk(&self, node: &str) -> Option<&str> {
+        self.0.get(node)?.one_disk.as_deref()
     }
 
     /// What all nodes can take: together, and in one volume.
     pub(crate) fn total(&self) -> Capacity {
-        self.0.values().fold(Capacity::default(), |total, node| Capacity {
-            maximum_volume_bytes: total.maximum_volume_bytes.max(node.maximum_volume_bytes),
-            available_bytes: total.available_bytes.saturating_add(node.available_bytes),
+        self.0.values().fold(Capacity::default(), |total, Room { capacity, .. }| Capacity {
+            maximum_volume_bytes: total.maximum_volume_bytes.max(capacity.maximum_volume_bytes),
+            available_bytes: total.available_bytes.saturating_add(capacity.available_bytes),
         })
     }
 
     /// All nodes, that with the most room first.
     pub(crate) fn by_room(&self) -> Vec<String> {
         let mut nodes: Vec<_> = self.0.iter().collect();
-        nodes.sort_by_key(|(_, capacity)| std::cmp::Reverse(capacity.available_bytes));
+        nodes.sort_by_key(|(_, room)| std::cmp::Reverse(room.capacity.available_bytes));
         nodes.into_iter().map(|(node, _)| node.clone()).collect()
     }
 }
@@ -117,5 +147,6 @@ mod tests {
         assert_eq!(nodes.get("f"), Some(Capacity::default()));
         assert_eq!(nodes.total(), Capacity { maximum_volume_bytes: 7 * GIB, available_bytes: 10 * GIB });
         assert_eq!(nodes.by_room(), ["b", "a", "c", "d", "f"]);
+        assert_eq!(["a", "b", "c", "d", "e", "f"].map(|node| nodes.one_disk(node)), [None, None, None, None, None, Some("one + two")]);
     }
 }

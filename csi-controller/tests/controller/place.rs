@@ -80,6 +80,20 @@ async fn nodes_without_room_are_not_asked() {
 }
 
 #[tokio::test]
+async fn parts_of_one_physical_disk_are_no_pair_and_that_is_said() {
+    let rig = Rig::new();
+    rig.disks("a", &[8, 8]).await;
+    let mut disk = rig.store.get::<LocalDisk>("a-1").await.unwrap().unwrap();
+    disk.status.as_mut().unwrap().identity.as_mut().unwrap().physical = "a-0".into();
+    rig.store.update_status(disk).await.unwrap();
+    let message = refused(rig.create(wanted("v")).await, Code::ResourceExhausted);
+    contains(
+        &message,
+        &["a: all its disks that can be used are parts of one physical disk (a-0), and a second one is needed", "add disks"],
+    );
+}
+
+#[tokio::test]
 async fn without_any_disk_there_is_no_room() {
     contains(
         &refused(Rig::new().create(wanted("v")).await, Code::ResourceExhausted),

@@ -193,6 +193,9 @@ async fn two_partitions_of_a_disk_are_no_pair_and_partitions_of_two_disks_are() 
     until_ready(&driver, 2).await;
     let refused = driver.client.create("pair", 64 * MIB, Some("ext4")).await.unwrap_err();
     assert_eq!(refused.code(), tonic::Code::ResourceExhausted, "{refused}");
+    let image = fs::canonicalize(lab.path("disk0.img")).unwrap();
+    let why = format!("parts of one physical disk (file:{}), and a second one is needed", text(&image));
+    assert!(refused.message().contains(&why), "{refused}");
     fs::rename(lab.path("away1"), &links[1]).unwrap();
     until_ready(&driver, 3).await;
     let place = driver.place("pair", 64 * MIB, Some("ext4")).await;
