@@ -55,7 +55,7 @@ pub enum Error {
         limit: i64,
     },
     /// Its disks have no room to grow.
-    #[error("volume {id} cannot grow to {wanted} bytes: {why}")]
+    #[error("volume {id} cannot grow to {wanted} bytes: {why}. Ask for less, or delete volumes that lie on the same disk")]
     CannotGrow {
         /// The volume.
         id: VolumeId,

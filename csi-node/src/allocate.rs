@@ -302,9 +302,8 @@ impl<S: Store> Node<S> {
         if found.is_empty() {
             return Err(Error::Precondition(format!("no leg of {id} is on a disk that can be used")));
         }
-        let grown = self.grow_legs(&id, &found, to).await;
-        match grown {
-            Ok(true) => {
+        match self.grow_legs(&id, &found, to).await? {
+            None => {
                 info!(from, to, "the legs are longer; the volume grows when its node is asked to");
                 self.patch_status(&id, &uid, |status| {
                     (status.capacity_bytes, status.refused_capacity_bytes) = (to, None);
@@ -312,8 +311,7 @@ impl<S: Store> Node<S> {
                 })
                 .await?;
             }
-            Ok(false) => {
-                let message = self.no_room(to);
+            Some(message) => {
                 warn!(%message, "there is no room to grow");
                 self.patch_status(&id, &uid, |status| {
                     status.refused_capacity_bytes = Some(to);
@@ -321,28 +319,30 @@ impl<S: Store> Node<S> {
                 })
                 .await?;
             }
-            Err(error) => return Err(error),
         }
         Ok(())
     }
 
-    /// Makes the legs that are here at least `to` long. `false`: a disk has no room.
-    async fn grow_legs(self: &Arc<Self>, id: &str, found: &[LegDir], to: u64) -> Result<bool, Error> {
+    /// Makes the legs that are here at least `to` long. If a disk has no room: what is said of it.
+    async fn grow_legs(self: &Arc<Self>, id: &str, found: &[LegDir], to: u64) -> Result<Option<String>, Error> {
         let mut reserved = Vec::new();
         for leg in found {
             // An attempt that was cut off may have made it longer.
             let more = to.saturating_sub(legs::data_len(&leg.dir));
-            match self.disks.reserve_on(&leg.disk, more) {
-                Some(reservation) => reserved.push(reservation),
-                None if self.disks.get(&leg.disk).is_some_and(|disk| disk.phase == DiskPhase::Ready) => return Ok(false),
-                None => return Err(Error::Precondition(format!("disk {} failed just now", leg.disk))),
+            match (self.disks.reserve_on(&leg.disk, more), self.disks.get(&leg.disk)) {
+                (Some(reservation), _) => reserved.push(reservation),
+                (None, Some(disk)) if disk.phase == DiskPhase::Ready => {
+                    let free = self.disks.free(&disk) >> 20;
+                    return Ok(Some(format!("its disk {} has {free} MiB free, and {} MiB are needed", disk.label, more.div_ceil(1 << 20))));
+                }
+                (None, _) => return Err(Error::Precondition(format!("disk {} failed just now", leg.disk))),
             }
         }
         let found = found.to_vec();
         let extended = blocking(id, move || found.iter().try_for_each(|leg| extend_leg(&leg.dir, to)).map_err(Error::from)).await;
         match extended {
-            Err(error) if error.is_no_space() => Ok(false),
-            extended => extended.map(|()| true),
+            Err(error) if error.is_no_space() => Ok(Some(error.to_string())),
+            extended => extended.map(|()| None),
         }
     }
 

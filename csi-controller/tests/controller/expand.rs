@@ -43,7 +43,10 @@ async fn a_volume_has_grown_when_its_node_says_so_and_never_shrinks() {
 async fn a_size_that_its_disks_have_no_room_for_is_not_even_asked_for() {
     let rig = with_volume(100).await;
     let message = refused(rig.expand(grow("v", 6 * GIB)).await, Code::OutOfRange);
-    contains(&message, &["disk a-0", &(4 * GIB).to_string(), &(5 * GIB).to_string()]);
+    contains(
+        &message,
+        &["disk a-0", &(4 * GIB).to_string(), &(5 * GIB).to_string(), "Ask for less, or delete volumes that lie on the same disk"],
+    );
     assert_eq!(rig.volume("v").await.unwrap().spec.capacity_bytes, GIB);
     // The second disk is away: its leg is made longer when it comes back. The first one is full, and counts.
     let mut disk = rig.store.get::<lockstep_proto::objects::LocalDisk>("a-0").await.unwrap().unwrap();

@@ -6,11 +6,12 @@ use std::{
 };
 
 use lockstep_csi_tests::{
-    driver::Driver,
+    driver::{Driver, until},
     lab::{Lab, text},
     load, skipped,
 };
 use lockstep_native::run;
+use lockstep_store::Store;
 use tonic::Code;
 
 const MIB: u64 = 1 << 20;
@@ -30,6 +31,21 @@ async fn a_volume_grows_while_it_is_used_and_again_at_its_next_stage() {
     assert!(size().await > before + (300 << 20));
     let refused = client.controller_expand(&place.id, 4000 * MIB).await.unwrap_err();
     assert_eq!(refused.code(), Code::OutOfRange, "{refused}");
+    // Its node says so where the disks' objects did not.
+    let mut object = driver.volume(&place.id).await;
+    object.spec.capacity_bytes = 4000 * MIB;
+    driver.store.update(object).await.unwrap();
+    until("refused", || async { driver.status(&place.id).await.refused_capacity_bytes }).await;
+    let refused = client.controller_expand(&place.id, 4000 * MIB).await.unwrap_err();
+    assert_eq!(refused.code(), Code::OutOfRange, "{refused}");
+    for named in [
+        "its node says",
+        "its disk /dev/loop",
+        "MiB free, and 3360 MiB are needed",
+        "Ask for less, or delete volumes that lie on the same disk",
+    ] {
+        assert!(refused.message().contains(named), "{named:?} is not in {:?}", refused.message());
+    }
     place.down(&client).await.unwrap();
     // Without being staged: the next stage gives it the rest.
     assert_eq!(client.controller_expand(&place.id, 960 * MIB).await.unwrap(), 960 << 20);
