@@ -154,7 +154,10 @@ impl Device {
     fn verdict(&self, found: Found) -> Content {
         let Signature { kind, label, uuid, table } = match found {
             Found::Nothing => return Content::Blank,
-            Found::Several => return self.foreign("several signatures at once"),
+            Found::Several(kinds) if kinds.is_empty() => {
+                return self.foreign(&format!("several signatures at once (`wipefs {}` lists them)", self.path.display()));
+            }
+            Found::Several(kinds) => return self.foreign(&format!("several signatures at once ({})", kinds.join(", "))),
             Found::Signature(signature) => signature,
         };
         match (kind.as_deref(), label.as_deref(), uuid, table) {
@@ -213,7 +216,8 @@ mod tests {
             (signature(Some("LVM2_member"), None, None), "LVM2_member"),
             (signature(None, None, Some("gpt")), "a gpt partition table"),
             (signature(None, None, None), "cannot name"),
-            (Found::Several, "several signatures"),
+            (Found::Several(vec!["swap".into(), "xfs".into()]), "several signatures at once (swap, xfs)"),
+            (Found::Several(Vec::new()), "several signatures at once (`wipefs /dev/sdx` lists them)"),
         ] {
             let Content::Foreign(why) = device().verdict(found) else { panic!("{named} was taken") };
             assert!(why.contains(named) && why.contains("wipefs --all /dev/sdx"), "{why}");

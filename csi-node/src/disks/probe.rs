@@ -16,8 +16,8 @@ const ENDS: u64 = 4 << 20;
 pub(crate) enum Found {
     /// Nothing that anybody knows.
     Nothing,
-    /// Several things that contradict each other.
-    Several,
+    /// Several things that contradict each other, by name; empty: nobody names them.
+    Several(Vec<String>),
     /// This.
     Signature(Signature),
 }
@@ -62,9 +62,19 @@ fn blkid(path: &Path) -> Result<Found, ToolError> {
     match tool::run("blkid", [Path::new("-p"), Path::new("-o"), Path::new("export"), path]) {
         Ok(said) => Ok(parse(&said)),
         Err(ToolError::Failed { status, said, .. }) if status.code() == Some(2) && said.is_empty() => Ok(Found::Nothing),
-        Err(error) if error.code() == Some(8) => Ok(Found::Several),
+        Err(error) if error.code() == Some(8) => Ok(Found::Several(kinds(path))),
         Err(error) => Err(error),
     }
+}
+
+/// What blkid does not choose among: for people, so that it does not matter if it cannot be said.
+fn kinds(path: &Path) -> Vec<String> {
+    let listed = tool::run("wipefs", ["--noheadings", "--parsable", "--output", "TYPE"].map(Path::new).into_iter().chain([path]));
+    let mut kinds: Vec<String> = listed.unwrap_or_default().lines().map(|line| line.trim().to_owned()).collect();
+    kinds.sort();
+    // A partition table is at both ends.
+    kinds.dedup();
+    kinds
 }
 
 fn parse(said: &str) -> Found {
@@ -91,6 +101,8 @@ fn readable(mut file: &File) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     #[test]
@@ -109,6 +121,18 @@ mod tests {
             let probed = File::open(path).map(|file| found(Path::new(path), &file)).unwrap();
             assert!(matches!(probed, Err(ProbeError::Read(_))), "{path}: {probed:?}");
         }
+    }
+
+    #[test]
+    fn what_contradicts_each_other_is_named() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(320 << 20).unwrap();
+        tool::run("mkfs.xfs", [Path::new("-q"), file.path()]).unwrap();
+        // A swap header: the version, the last page, the magic at the end of the page.
+        for (at, bytes) in [(1024, &[1, 0, 0, 0, 99, 0, 0, 0][..]), (4086, b"SWAPSPACE2")] {
+            file.as_file().write_all_at(bytes, at).unwrap();
+        }
+        assert_eq!(found(file.path(), file.as_file()).unwrap(), Found::Several(vec!["swap".into(), "xfs".into()]));
     }
 
     #[test]

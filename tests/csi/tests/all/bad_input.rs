@@ -119,9 +119,17 @@ async fn refused(driver: &Driver, named: &str) -> LocalDisk {
 async fn a_disk_that_is_not_blank_is_refused_by_what_is_on_it_and_not_touched() {
     let mut lab = Lab::new(6, 1500);
     let small = lab.add_disk(100);
+    let both = lab.add_disk(1500);
     run("mkfs.ext4", &["-q", text(lab.device(0))]);
     run("mkswap", &[text(lab.device(1))]);
     run("mkfs.xfs", &["-q", "-L", "lockstep", text(lab.device(2))]);
+    run("mkfs.xfs", &["-q", text(lab.device(both))]);
+    let of = format!("of={}", text(lab.device(both)));
+    // Of disk 1: what makes a swap area of a page.
+    run(
+        "dd",
+        &[&format!("if={}", text(lab.device(1))), &of, "bs=1", "skip=1024", "seek=1024", "count=3072", "conv=notrunc", "status=none"],
+    );
     let mounted = lab.path("mounted");
     fs::create_dir(&mounted).unwrap();
     run("mount", &[text(lab.device(2)), text(&mounted)]);
@@ -143,6 +151,7 @@ async fn a_disk_that_is_not_blank_is_refused_by_what_is_on_it_and_not_touched() 
     for (named, remedies) in [
         ("it has ext4", &["wipefs --all /dev/loop", "take it out of the selection"][..]),
         ("it has swap", &["wipefs --all /dev/loop", "take it out of the selection"]),
+        ("several signatures at once (swap, xfs)", &["wipefs --all /dev/loop", "take it out of the selection"]),
         ("a gpt partition table", &["wipefs --all /dev/loop", "take it out of the selection"]),
         ("it is mounted at", &["unmount it", "take it out of the selection"]),
         ("it is in use", &["end that", "take it out of the selection"]),
