@@ -1,6 +1,7 @@
 //! The life of a volume, call by call.
 
 use std::{
+    collections::BTreeSet,
     fs,
     os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
@@ -14,12 +15,49 @@ use lockstep_csi_tests::{
 };
 use lockstep_native::{run, succeeds};
 use lockstep_proto::{
-    csi::{volume_capability::access_mode::Mode, volume_usage::Unit},
+    csi::{
+        ControllerGetCapabilitiesRequest, ControllerServiceCapability, NodeGetCapabilitiesRequest, NodeServiceCapability,
+        controller_service_capability, node_service_capability, volume_capability::access_mode::Mode, volume_usage::Unit,
+    },
     objects::{DiskPhase, VolumePhase},
 };
 use tonic::Code;
 
 const MIB: u64 = 1 << 20;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_both_programs_can_do_is_advertised_and_nothing_else() {
+    use controller_service_capability::rpc::Type as Controller;
+    use node_service_capability::rpc::Type as Node;
+    let lab = Lab::new(0, 0);
+    let mut driver = Driver::start(&lab).await;
+    let said = driver.client.controller().controller_get_capabilities(ControllerGetCapabilitiesRequest {}).await.unwrap().into_inner();
+    let rpc = |capability: ControllerServiceCapability| match capability.r#type {
+        Some(controller_service_capability::Type::Rpc(rpc)) => rpc.r#type(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(
+        said.capabilities.into_iter().map(rpc).collect::<BTreeSet<_>>(),
+        BTreeSet::from([
+            Controller::CreateDeleteVolume,
+            Controller::ListVolumes,
+            Controller::GetCapacity,
+            Controller::ExpandVolume,
+            Controller::GetVolume,
+            Controller::SingleNodeMultiWriter,
+        ])
+    );
+    let said = driver.client.node().node_get_capabilities(NodeGetCapabilitiesRequest {}).await.unwrap().into_inner();
+    let rpc = |capability: NodeServiceCapability| match capability.r#type {
+        Some(node_service_capability::Type::Rpc(rpc)) => rpc.r#type(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(
+        said.capabilities.into_iter().map(rpc).collect::<BTreeSet<_>>(),
+        BTreeSet::from([Node::StageUnstageVolume, Node::GetVolumeStats, Node::ExpandVolume, Node::SingleNodeMultiWriter])
+    );
+    driver.stop();
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_system_lives_on_two_identical_copies_that_can_each_be_read_alone() {
