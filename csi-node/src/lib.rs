@@ -26,6 +26,7 @@ pub mod disks;
 pub mod error;
 mod file_system;
 mod formatted;
+mod health;
 pub mod lease;
 pub mod legs;
 pub mod memory;

@@ -159,10 +159,10 @@ impl Disk {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    pub(super) fn disks(of: &[(&str, &str, u64)]) -> (tempfile::TempDir, Arc<Disks>) {
+    pub(crate) fn disks(of: &[(&str, &str, u64)]) -> (tempfile::TempDir, Arc<Disks>) {
         let dir = tempfile::tempdir().unwrap();
         let disks = Disks::new(Arc::new(StateDir::open(dir.path(), false).unwrap()), Vec::new());
         for (name, physical, capacity) in of {

@@ -7,6 +7,7 @@ mod cut_off;
 mod disks;
 mod failures;
 mod growth;
+mod health;
 mod hung;
 mod kept;
 mod kills;
