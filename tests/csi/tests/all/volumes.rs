@@ -54,7 +54,14 @@ async fn what_both_programs_can_do_is_advertised_and_nothing_else() {
     };
     assert_eq!(
         said.capabilities.into_iter().map(rpc).collect::<BTreeSet<_>>(),
-        BTreeSet::from([Node::StageUnstageVolume, Node::GetVolumeStats, Node::ExpandVolume, Node::SingleNodeMultiWriter])
+        BTreeSet::from([
+            Node::StageUnstageVolume,
+            Node::GetVolumeStats,
+            Node::ExpandVolume,
+            Node::SingleNodeMultiWriter,
+            Node::GetVolumeHealth,
+            Node::GetStorageHealth,
+        ])
     );
     driver.stop();
 }
