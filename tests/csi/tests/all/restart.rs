@@ -8,12 +8,12 @@ use std::{
 };
 
 use lockstep_csi_tests::{
-    driver::Driver,
+    driver::{Driver, until},
     lab::{Lab, text},
     load::{self, Direct},
     memory::kib,
 };
-use lockstep_native::run;
+use lockstep_native::succeeds;
 
 const MIB: u64 = 1 << 20;
 const VOLUMES: usize = 50;
@@ -111,7 +111,9 @@ async fn a_csi_node_without_objects_and_without_a_disk_serves_on_and_says_later_
     let objects = driver.node_log().with_file_name("objects");
     let (away, new) = (objects.with_extension("away"), objects.with_extension("new"));
     move_all(&objects, &away);
-    run("umount", &[text(&lab.mount_of(number).unwrap())]);
+    // What the killed process had under way ends first.
+    let mount = lab.mount_of(number).unwrap();
+    until("unmounted", || async { succeeds("umount", &[text(&mount)]).then_some(()) }).await;
     lab.pull_disk(number);
     driver.start_node().await;
     Direct::open(&place.target).unwrap().write(60000 * 4096).unwrap();
