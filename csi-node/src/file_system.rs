@@ -51,7 +51,7 @@ impl Errand for Look {
         let file = File::open(&self.device).map_err(|error| error.to_string())?;
         match probe::found(&self.device, &file) {
             Ok(Found::Nothing) => Ok(None),
-            Ok(Found::Several(kinds)) => Ok(Some((format!("several signatures at once, {}", kinds.join(", ")), "unknown".into()))),
+            Ok(Found::Several(kinds)) => Ok(Some((probe::several(&kinds, &self.device), "unknown".into()))),
             Ok(Found::Signature(Signature { kind, uuid, table, .. })) => {
                 let text = |said: Option<String>| said.unwrap_or_else(|| "unknown".into());
                 Ok(Some((text(kind.or(table)), text(uuid))))

@@ -12,7 +12,7 @@ use lockstep_proto::{
 };
 use lockstep_store::Store;
 
-use crate::{disks::Disk, error::Error, node::Node, staged};
+use crate::{disks::Disk, error::Error, mirror::OpenVolume, node::Node, staged};
 
 /// Bytes of a message that CSI lets pass.
 const MESSAGE: usize = 1024;
@@ -24,12 +24,12 @@ fn bounded(mut text: String) -> String {
     text
 }
 
-pub(crate) fn entry(status: VolumeHealthErrorType, reason: &str, message: String) -> VolumeHealthEntry {
+fn entry(status: VolumeHealthErrorType, reason: &str, message: String) -> VolumeHealthEntry {
     VolumeHealthEntry { status: status.into(), reason: reason.to_owned(), message: bounded(message) }
 }
 
 /// What a volume's conditions say is wrong.
-pub(crate) fn adverse(conditions: &[Condition]) -> Vec<VolumeHealthEntry> {
+fn adverse(conditions: &[Condition]) -> Vec<VolumeHealthEntry> {
     let is = |kind: &str, status: &str| conditions.iter().find(|condition| condition.type_ == kind && condition.status == status);
     let inaccessible = is("Ready", "False").map(|condition| (VolumeHealthErrorType::Inaccessible, condition));
     // Without a word it is not a copy that is lost.
@@ -40,7 +40,7 @@ pub(crate) fn adverse(conditions: &[Condition]) -> Vec<VolumeHealthEntry> {
 }
 
 /// What a scrub found.
-pub(crate) fn mismatch(blocks: u64) -> Option<VolumeHealthEntry> {
+fn mismatch(blocks: u64) -> Option<VolumeHealthEntry> {
     let message = || format!("its two copies differ in {blocks} blocks of 4096 bytes: say which one is right, or restore them");
     (blocks > 0).then(|| entry(VolumeHealthErrorType::Degraded, "MismatchFound", message()))
 }
@@ -81,6 +81,23 @@ impl<S: Store> Node<S> {
             wrong.push(entry(VolumeHealthErrorType::Inaccessible, "NotServed", message.into()));
         }
         Ok(wrong)
+    }
+
+    /// `None`: the mirror does not serve yet.
+    fn wrong_with(&self, open: &OpenVolume) -> Option<Vec<VolumeHealthEntry>> {
+        let status = *open.volume.status().borrow();
+        if !status.ready {
+            return None;
+        }
+        let mut wrong = adverse(&self.conditions(open, &status));
+        if status.bad_blocks > 0 {
+            let blocks = status.bad_blocks;
+            let message =
+                format!("no copy holds {blocks} blocks of 4096 bytes any more: their readers get an error until they are written again");
+            wrong.push(entry(VolumeHealthErrorType::DataLoss, "BlocksLost", message));
+        }
+        wrong.extend(mismatch(status.scrub.differing()));
+        Some(wrong)
     }
 
     /// What is wrong with the node's disks.

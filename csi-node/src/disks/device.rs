@@ -154,10 +154,7 @@ impl Device {
     fn verdict(&self, found: Found) -> Content {
         let Signature { kind, label, uuid, table } = match found {
             Found::Nothing => return Content::Blank,
-            Found::Several(kinds) if kinds.is_empty() => {
-                return self.foreign(&format!("several signatures at once (`wipefs {}` lists them)", self.path.display()));
-            }
-            Found::Several(kinds) => return self.foreign(&format!("several signatures at once ({})", kinds.join(", "))),
+            Found::Several(kinds) => return self.foreign(&probe::several(&kinds, &self.path)),
             Found::Signature(signature) => signature,
         };
         match (kind.as_deref(), label.as_deref(), uuid, table) {

@@ -67,6 +67,14 @@ fn blkid(path: &Path) -> Result<Found, ToolError> {
     }
 }
 
+/// What a person is told of `Found::Several`.
+pub(crate) fn several(kinds: &[String], path: &Path) -> String {
+    if kinds.is_empty() {
+        return format!("several signatures at once (`wipefs {}` lists them)", path.display());
+    }
+    format!("several signatures at once ({})", kinds.join(", "))
+}
+
 /// What blkid does not choose among: for people, so that it does not matter if it cannot be said.
 fn kinds(path: &Path) -> Vec<String> {
     let listed = tool::run("wipefs", ["--noheadings", "--parsable", "--output", "TYPE"].map(Path::new).into_iter().chain([path]));

@@ -10,17 +10,13 @@ use lockstep_datapath::core::{
     status::{self, LegState, Status, Sync},
     units::{BLOCK_SIZE, LegId},
 };
-use lockstep_proto::{
-    csi::{VolumeHealthErrorType, volume_health::VolumeHealthEntry},
-    objects::{self, LegStatus, MirrorVolume, MirrorVolumeStatus},
-};
+use lockstep_proto::objects::{self, LegStatus, MirrorVolume, MirrorVolumeStatus};
 use lockstep_store::{News, Store};
 use tracing::{info, warn};
 
 use super::OpenVolume;
 use crate::{
     error::Error,
-    health::{adverse, entry, mismatch},
     news::{self, news},
     node::Node,
 };
@@ -248,20 +244,11 @@ impl<S: Store> Node<S> {
         news
     }
 
-    /// What is wrong with it now, for CSI; `None`: it does not serve yet.
-    pub(crate) fn wrong_with(&self, open: &OpenVolume) -> Option<Vec<VolumeHealthEntry>> {
-        let status = *open.volume.status().borrow();
+    /// What its conditions are now, whatever its object says.
+    pub(crate) fn conditions(&self, open: &OpenVolume, status: &Status) -> Vec<Condition> {
         let mut conditions = Vec::new();
-        set_conditions(&mut conditions, health(&status), &status, &self.lost(open, &status));
-        let mut wrong = adverse(&conditions);
-        if status.bad_blocks > 0 {
-            let blocks = status.bad_blocks;
-            let message =
-                format!("no copy holds {blocks} blocks of 4096 bytes any more: their readers get an error until they are written again");
-            wrong.push(entry(VolumeHealthErrorType::DataLoss, "BlocksLost", message));
-        }
-        wrong.extend(mismatch(status.scrub.differing()));
-        status.ready.then_some(wrong)
+        set_conditions(&mut conditions, health(status), status, &self.lost(open, status));
+        conditions
     }
 
     /// After a clean stop.
