@@ -74,6 +74,14 @@ pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut wanted: imp
     }
 }
 
+/// Pulls a disk that failed, once nothing uses it any more, and plugs it in again when csi-node has noticed.
+pub async fn replug(lab: &mut Lab, number: usize) {
+    until("unmounted", || async { lab.mount_of(number).is_none().then_some(()) }).await;
+    lab.pull_disk(number);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    lab.plug_disk(number);
+}
+
 impl Driver {
     /// Starts both for the lab's disks, and waits until they are ready.
     pub async fn start(lab: &Lab) -> Self {

@@ -5,12 +5,11 @@ use std::{
     io::{Seek, SeekFrom, Write},
     os::unix::fs::OpenOptionsExt,
     path::Path,
-    time::Duration,
 };
 
 use lockstep_csi_tests::{
     client::{Client, create_request},
-    driver::{Driver, until},
+    driver::{Driver, replug, until},
     lab::{Lab, alone, text},
 };
 use lockstep_native::{run, succeeds};
@@ -239,10 +238,7 @@ async fn damaged_metadata_of_the_only_current_copy_is_named_and_that_copy_outliv
     fs::write(place.target.join("f"), "only on one").and_then(|()| fs::File::open(place.target.join("f"))?.sync_all()).unwrap();
     let stale = driver.until_ready_is(&place.id, "Degraded").await.legs[1].leg_id.clone();
     place.down(&driver.client).await.unwrap();
-    until("unmounted", || async { lab.mount_of(lost).is_none().then_some(()) }).await;
-    lab.pull_disk(lost);
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    lab.plug_disk(lost);
+    replug(&mut lab, lost).await;
     until("the stale copy back", || async { lab.mount_of(lost) }).await;
 
     let [best, other]: [_; 2] = driver.copies(&place.id).await.try_into().unwrap();

@@ -7,7 +7,7 @@ use std::{
 };
 
 use lockstep_csi_tests::{
-    driver::{Driver, NODE, until},
+    driver::{Driver, NODE, replug, until},
     lab::{Lab, identical, text},
     load,
 };
@@ -57,18 +57,14 @@ async fn a_lost_disk_is_replaced_by_a_new_one_under_load_and_the_old_copy_goes_w
     assert!(load.succeeded(), "the load saw an error");
 
     // Pulled, plugged in again: it is used again, and its old copy, which nobody counts on, is removed.
-    until("unmounted", || async { lab.mount_of(lost).is_none().then_some(()) }).await;
-    lab.pull_disk(lost);
-    let log = || fs::read_to_string(driver.node_log()).unwrap();
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    lab.plug_disk(lost);
+    replug(&mut lab, lost).await;
     until("used again", || async {
         let disks = driver.disks().await;
         let disk = disks.into_iter().find(|disk| disk.metadata.name.as_ref() == Some(&lost_name))?.status?;
         (disk.phase == DiskPhase::Ready && disk.allocated_bytes == 0).then_some(())
     })
     .await;
-    assert!(log().contains("a copy that was replaced is removed"));
+    assert!(fs::read_to_string(driver.node_log()).unwrap().contains("a copy that was replaced is removed"));
     place.down(&driver.client).await.unwrap();
     driver.assert_copies_identical(&place.id).await;
     driver.client.delete(&place.id).await.unwrap();
@@ -128,10 +124,7 @@ async fn a_disk_that_comes_back_gets_only_what_it_missed() {
     fs::write(place.target.join("missed"), "written while the disk was away").unwrap();
     run("sync", &["-f", text(&place.target)]);
     driver.until_ready_is(&place.id, "Degraded").await;
-    until("unmounted", || async { lab.mount_of(lost).is_none().then_some(()) }).await;
-    lab.pull_disk(lost);
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    lab.plug_disk(lost);
+    replug(&mut lab, lost).await;
     let healthy = driver.until_ready_is(&place.id, "Healthy").await;
     let message = &healthy.conditions.iter().find(|condition| condition.type_ == "Rebuilding").unwrap().message;
     let copied: u64 = message.split(' ').next().unwrap().parse().unwrap_or_else(|_| panic!("{message}"));
@@ -377,10 +370,7 @@ async fn a_volume_that_is_deleted_while_a_disk_is_away_leaves_nothing_when_it_re
     driver.until_ready_is(&place.id, "Degraded").await;
     place.down(&driver.client).await.unwrap();
     driver.client.delete(&place.id).await.unwrap();
-    until("unmounted", || async { lab.mount_of(lost).is_none().then_some(()) }).await;
-    lab.pull_disk(lost);
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    lab.plug_disk(lost);
+    replug(&mut lab, lost).await;
     until("its space free", || async {
         let disks = driver.disks().await;
         let free = |disk: &lockstep_proto::objects::LocalDisk| {

@@ -17,7 +17,7 @@ use std::{
 
 use lockstep_csi_tests::{
     client::Place,
-    driver::{Driver, until},
+    driver::{Driver, replug, until},
     lab::{Lab, text},
     load,
 };
@@ -157,10 +157,7 @@ fn flood(devices: &[(&Path, &str, u32)], seconds: u32) -> Child {
 
 /// Pulled, plugged in again, and everything is as it was.
 async fn healed(lab: &mut Lab, driver: &Driver, number: usize, places: &[Place]) {
-    until("unmounted", || async { lab.mount_of(number).is_none().then_some(()) }).await;
-    lab.pull_disk(number);
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    lab.plug_disk(number);
+    replug(lab, number).await;
     for place in places {
         driver.until_ready_is(&place.id, "Healthy").await;
         place.down(&driver.client).await.unwrap();

@@ -57,16 +57,14 @@ impl Machine {
         let tag = self.ask("stop", Asked::Stop, Request::Stop);
         // One in four is cut off. (By numbers of its own: what the others are does not change with it.)
         let mut own = Rng(self.rng.0 ^ u64::MAX);
-        let mut cut = own.once_in(4).then(|| (own.below(40), own.once_in(2)));
+        let cut = own.once_in(4).then(|| (own.below(40), own.once_in(2)));
+        let mut steps = 0;
         while self.broken.is_none() && self.asked.contains_key(&tag) {
-            if let Some((steps, power)) = &mut cut {
-                if *steps == 0 {
-                    let power = *power;
-                    *self.coverage.crashes.entry("in a stop").or_default() += 1;
-                    return self.crash(Crash::plain(power));
-                }
-                *steps -= 1;
+            if let Some((_, power)) = cut.filter(|(at, _)| *at == steps) {
+                *self.coverage.crashes.entry("in a stop").or_default() += 1;
+                return self.crash(Crash::plain(power));
             }
+            steps += 1;
             if !self.step() && !self.tick() {
                 return self.breaks("every request ends", "the stop never ended");
             }
@@ -328,8 +326,8 @@ impl Machine {
         self.lost.extend(self.listed());
         self.pin = self.record().map(|record| record.pin);
         if self.may_differ {
-            let counted = self.counted();
-            self.lose(counted.into_iter().filter(|slot| self.status.legs[slot.index()].state != LegState::In).collect());
+            let legs = self.status.legs;
+            self.lose(self.counted().into_iter().filter(|slot| legs[slot.index()].state != LegState::In));
         }
         self.perform(out);
         self.look();

@@ -253,8 +253,8 @@ impl Machine {
 
     /// Legs are lost while the other one may have something else: older, where reads are pinned to what is lost (mirror rule 21), and without what only
     /// that had answered (rule 32).
-    pub(super) fn lose(&mut self, lost: Vec<Slot>) {
-        if !lost.into_iter().any(|slot| self.pin.is_none_or(|pin| pin == slot)) {
+    pub(super) fn lose(&mut self, mut lost: impl Iterator<Item = Slot>) {
+        if !lost.any(|slot| self.pin.is_none_or(|pin| pin == slot)) {
             return;
         }
         self.tell(|| "  (the exception of rule 21)".into());
@@ -266,7 +266,7 @@ impl Machine {
     }
 
     /// Requests that were answered while a leg that counts is not done with them.
-    pub(super) fn behind(&self) -> BTreeMap<Tag, BlockRange> {
+    pub(super) fn not_landed(&self) -> BTreeMap<Tag, BlockRange> {
         let mut behind = BTreeMap::new();
         for work in self.work.values() {
             let Op::Leg(LegOp::Write { buffer: Buffer::Request { tag, .. }, .. }) = work.op else { continue };

@@ -348,8 +348,7 @@ impl Machine {
         let status = self.status;
         let both = |status: &Status| status.legs.iter().all(|leg| leg.state == LegState::In);
         if both(&before) && self.may_differ {
-            let lost = Slot::BOTH.into_iter().filter(|slot| status.legs[slot.index()].state != LegState::In).collect();
-            self.lose(lost);
+            self.lose(Slot::BOTH.into_iter().filter(|slot| status.legs[slot.index()].state != LegState::In));
         }
         if !both(&status) || self.counted().len() < 2 {
             self.capped_since = self.next_tag;
@@ -383,7 +382,7 @@ impl Machine {
         }
         let regions = status.blocks.div_ceil(REGION_BLOCKS) + 2;
         self.check("bounds", bounds::status(status.pending, self.asked.len() as u64, status.dirty_regions, regions));
-        self.are_behind = self.behind();
+        self.are_behind = self.not_landed();
         let (writes, blocks) = (self.are_behind.len() as u64, self.are_behind.values().map(|range| range.len()).sum());
         self.check("bounds", bounds::behind(status.behind, (writes, blocks), self.profile.behind.unwrap_or((0, 0))));
         self.pin = self.record().map(|record| record.pin);

@@ -8,7 +8,7 @@ use lockstep_core::{
 };
 use lockstep_sim::{BLOCKS, Rng, VOLUME, World};
 
-use crate::{in_flight_on, range, run_dry, warm, writes_in_flight};
+use crate::{flushed, in_flight_on, range, run_dry, warm, writes_in_flight};
 
 #[test]
 fn case_54_a_clean_stop_leaves_nothing_to_resync() {
@@ -398,11 +398,7 @@ fn rule_23_a_rebuild_that_is_resumed_copies_what_is_beyond_its_checkpoint_and_wh
 
 /// A world that was killed while a write over what was flushed had come to neither leg, to one, or to both.
 fn killed_between_two_landings(seed: u64) -> World {
-    let mut world = warm(seed);
-    world.write(range(0, 8));
-    run_dry(&mut world);
-    world.flush();
-    run_dry(&mut world);
+    let mut world = flushed(seed);
     world.write(range(0, 8));
     for _ in 0..seed % 3 {
         world.step();

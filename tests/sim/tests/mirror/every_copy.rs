@@ -9,27 +9,10 @@ use lockstep_core::{
 };
 use lockstep_sim::World;
 
-use crate::{assert_equal_again, in_flight_on, power_cuts, range, run_dry, until_writing};
+use crate::{assert_equal_again, done, in_flight_on, power_cuts, range, run_dry, small, until_writing};
 
 /// Where the bitmap begins in a leg's metadata.
 const PAGES: u64 = 65536;
-
-/// The first eight blocks of each region hold 1, 2, .. durably, and no region is dirty.
-fn small(blocks: u64) -> World {
-    let mut world = World::sized(1, blocks);
-    for region in 0..blocks.div_ceil(REGION_BLOCKS) {
-        world.write(range(region * REGION_BLOCKS, region * REGION_BLOCKS + 8));
-    }
-    done(&mut world);
-    world
-}
-
-/// All that was asked for is done and durable.
-fn done(world: &mut World) {
-    world.settle();
-    world.flush();
-    world.settle();
-}
 
 /// B was away while blocks 2 to 6 were written (2) or discarded, and is being attached.
 fn returning(discarded: bool) -> World {

@@ -8,7 +8,7 @@ use lockstep_core::{
 use lockstep_sim::{Rng, World};
 
 use crate::{
-    assert_equal_again, assert_resynced, differing, flushed, in_flight_on, power_cuts, range, run_dry, until_writing, warm,
+    assert_equal_again, assert_resynced, differing, flushed, in_flight_on, on_full_disks, power_cuts, range, small, until_writing, warm,
     writes_in_flight,
 };
 
@@ -94,47 +94,32 @@ fn case_34_what_no_leg_can_read_fails_alone_in_every_order_until_it_is_written()
 fn case_38_in_every_order_a_discard_leaves_zeroes_on_both_legs_or_is_not_done_at_all_also_after_a_power_cut() {
     for full in [[false, false], [true, false], [false, true], [true, true]] {
         let refused = full[0] || full[1];
-        let mut world = flushed(1);
-        world.disks.iter_mut().zip(full).for_each(|(disk, full)| disk.full = full);
-        let discard = world.zero(range(2, 6));
-        let mut answered = 0;
-        world.in_every_order_while(&mut |world| {
-            let answer = world.answers.get(&discard);
-            assert_eq!(world.mirror.status().legs.map(|leg| leg.state), [LegState::In; 2], "{}", world.trace());
-            assert!(answer.is_none_or(|answer| *answer == if refused { Err(Errno::ENOSPC) } else { Ok(()) }), "{}", world.trace());
-            for mut after in power_cuts(world, 6) {
-                after.disks.iter_mut().for_each(|disk| disk.full = false);
-                run_dry(&mut after);
-                let found = [1, 2, 3, 4, 5, 6].map(|block| after.read_now(block).expect("both can read"));
-                let may = |found: u64| found == 2 || found == 0 && !(refused && answer.is_some());
-                assert!(found.iter().all(|found| may(*found)) && (found[0], found[5]) == (2, 2), "{found:?}: {}", world.trace());
-                assert_equal_again(&mut after);
-                assert_eq!([1, 2, 3, 4, 5, 6].map(|block| after.read_now(block)), found.map(Ok), "{}", after.trace());
-            }
-            if answer.is_some() {
-                answered += 1;
+        let after_a_cut = |after: &mut World, answer: Option<Result<(), Errno>>| {
+            let found = [1, 2, 3, 4, 5, 6].map(|block| after.read_now(block).expect("both can read"));
+            let may = |found: u64| found == 2 || found == 0 && !(refused && answer.is_some());
+            assert!(found.iter().all(|found| may(*found)) && (found[0], found[5]) == (2, 2), "{found:?}: {}", after.trace());
+            assert_equal_again(after);
+            assert_eq!([1, 2, 3, 4, 5, 6].map(|block| after.read_now(block)), found.map(Ok), "{}", after.trace());
+        };
+        on_full_disks(
+            full,
+            |world| world.zero(range(2, 6)),
+            6,
+            after_a_cut,
+            |world, answer| {
+                assert_eq!(answer, if refused { Err(Errno::ENOSPC) } else { Ok(()) }, "{}", world.trace());
                 let kept = if refused { 2 } else { 0 };
                 for disk in &world.disks {
                     assert_eq!([1, 2, 5, 6].map(|block| disk.read(block)), [2, kept, kept, 2], "{}", world.trace());
                 }
-                let mut after = world.clone();
-                after.disks.iter_mut().for_each(|disk| disk.full = false);
-                assert_equal_again(&mut after);
-            }
-            assert!(answer.is_some() || !world.movable().is_empty(), "it never ends");
-            answer.is_none()
-        });
-        assert!(answered > 0);
+            },
+        );
     }
 }
 
 #[test]
 fn case_52_after_a_kill_at_any_moment_of_a_write_and_another_at_any_moment_of_what_follows_reads_never_go_back() {
-    let mut world = World::sized(1, 64);
-    world.write(range(0, 8));
-    world.settle();
-    world.flush();
-    world.settle();
+    let mut world = small(64);
     let write = world.write(range(2, 6));
     until_writing(&mut world);
     let before = world.read(range(3, 4));

@@ -24,7 +24,7 @@ use lockstep_core::{
     format::REGION_BLOCKS,
     io::LegOp,
     status::{LegState, Sync},
-    units::{BlockRange, IoId, Slot, Tag},
+    units::{BlockRange, Errno, IoId, Slot, Tag},
 };
 use lockstep_sim::{Rng, World};
 
@@ -49,6 +49,23 @@ fn flushed(seed: u64) -> World {
     world.flush();
     run_dry(&mut world);
     world
+}
+
+/// The first eight blocks of each region hold 1, 2, .. durably, and no region is dirty.
+fn small(blocks: u64) -> World {
+    let mut world = World::sized(1, blocks);
+    for region in 0..blocks.div_ceil(REGION_BLOCKS) {
+        world.write(range(region * REGION_BLOCKS, region * REGION_BLOCKS + 8));
+    }
+    done(&mut world);
+    world
+}
+
+/// All that was asked for is done and durable.
+fn done(world: &mut World) {
+    world.settle();
+    world.flush();
+    world.settle();
 }
 
 /// Leg B fails, misses a write of the first blocks, and comes back: it is being attached.
@@ -138,6 +155,41 @@ fn power_cuts(world: &World, cuts: u64) -> impl Iterator<Item = World> {
         after.crash([true, true]).unwrap_or_else(|refusal| panic!("{refusal}: {}", world.trace()));
         after
     })
+}
+
+/// On disks that are full, or not: what is asked for, in every order until it is answered, and what comes after: `after_a_cut` judges each of so many power
+/// cuts at every moment, with the answer if there was one, on disks that have room again; `answered` the moment of the answer. Nobody goes OUT, and the legs end equal.
+fn on_full_disks(
+    full: [bool; 2],
+    ask: impl FnOnce(&mut World) -> Tag,
+    cuts: u64,
+    after_a_cut: impl Fn(&mut World, Option<Result<(), Errno>>),
+    answered: impl Fn(&World, Result<(), Errno>),
+) {
+    let have_room = |world: &mut World| world.disks.iter_mut().for_each(|disk| disk.full = false);
+    let mut world = flushed(1);
+    world.disks.iter_mut().zip(full).for_each(|(disk, full)| disk.full = full);
+    let tag = ask(&mut world);
+    let mut answers = 0;
+    world.in_every_order_while(&mut |world| {
+        let answer = world.answers.get(&tag).copied();
+        assert_eq!(world.mirror.status().legs.map(|leg| leg.state), [LegState::In; 2], "{}", world.trace());
+        for mut after in power_cuts(world, cuts) {
+            have_room(&mut after);
+            run_dry(&mut after);
+            after_a_cut(&mut after, answer);
+        }
+        if let Some(answer) = answer {
+            answers += 1;
+            answered(world, answer);
+            let mut after = world.clone();
+            have_room(&mut after);
+            assert_equal_again(&mut after);
+        }
+        assert!(answer.is_some() || !world.movable().is_empty(), "it never ends");
+        answer.is_none()
+    });
+    assert!(answers > 0);
 }
 
 /// The copies are the same where both count; and then B gets what it missed.
