@@ -107,9 +107,10 @@ impl Mirror {
             return self.issue_read(id, out);
         }
         if tried[slot.other().index()] {
-            // Where the legs may differ, the pinned leg must say the same before anybody was told (mirror rule 21).
+            // Where the legs may differ, the pinned leg must say the same, or be durably OUT, before anybody was told (mirror rule 21).
             let pinned = self.bitmap.unsynced(piece);
-            if self.start_repair(piece, slot, slot.other(), out) && pinned {
+            let repairs = self.start_repair(piece, slot, slot.other(), out);
+            if pinned && (repairs || self.counts_until_out(slot.other())) {
                 let Some(read) = self.reads.remove(&id) else { return };
                 self.lock.release(id, &mut self.woken);
                 return self.read_again(read.tag, range, out);

@@ -5,6 +5,8 @@ use lockstep_core::{
     units::{Errno, Slot},
 };
 
+use lockstep_sim::World;
+
 use crate::{answered, cut_off, range, warm};
 
 /// A read of [4, 6) beside a write of [4, 5) that came after it and is taken back, because one leg has no space for it. What the read saw
@@ -38,16 +40,21 @@ fn rule_07_a_write_that_comes_while_a_read_waits_for_another_one_is_not_read_bef
     (0..100).for_each(|seed| read_beside_a_write_that_is_taken_back(seed, true));
 }
 
+/// A, which is pinned, has 2 at 4000, and B has 3; the resync does not come to it.
+fn unsynced(seed: u64) -> World {
+    let mut world = warm(seed);
+    cut_off(&mut world, 4000, [2, 3]);
+    while world.in_flight().iter().all(|(_, _, op)| !matches!(op, LegOp::NextData { .. })) {
+        assert!(world.step(), "no resync");
+    }
+    world.stuck = world.in_flight().iter().map(|(io, ..)| *io).collect();
+    world
+}
+
 #[test]
 fn rule_21_where_the_legs_may_differ_nothing_is_read_from_the_one_that_is_left_before_the_other_is_durably_out() {
     for seed in 0..20 {
-        // A, which is pinned, has 2 there, and B has 3.
-        let mut world = warm(seed);
-        cut_off(&mut world, 4000, [2, 3]);
-        while world.in_flight().iter().all(|(_, _, op)| !matches!(op, LegOp::NextData { .. })) {
-            assert!(world.step(), "no resync");
-        }
-        world.stuck = world.in_flight().iter().map(|(io, ..)| *io).collect();
+        let mut world = unsynced(seed);
         assert_eq!(world.read_now(4000), Ok(2));
         world.disks[0].dead = true;
         // Where the resync does not come to.
@@ -60,5 +67,24 @@ fn rule_21_where_the_legs_may_differ_nothing_is_read_from_the_one_that_is_left_b
         answered(&mut world, &[read]);
         assert!(world.notices.contains(&Notice::LegOut { slot: Slot::A }), "seed {seed}: A may be read again after a kill");
         assert_eq!((world.answers[&read], world.found(read)), (Ok(()), Some(3)));
+    }
+}
+
+#[test]
+fn rule_21_where_the_legs_may_differ_nothing_is_read_beside_a_leg_with_too_many_repairs_before_it_is_durably_out() {
+    for seed in 0..20 {
+        let mut world = unsynced(seed);
+        for _ in 0..64 {
+            // A is pinned: each read asks it, and repairs it.
+            world.disks[0].bad.insert(4001);
+            while world.disks[0].bad.contains(&4001) {
+                world.read_now(4001).expect("B has it");
+                world.step();
+            }
+        }
+        assert!(world.notices.iter().all(|notice| !matches!(notice, Notice::LegFailed { .. })), "nobody has failed");
+        world.disks[0].bad.insert(4000);
+        assert_eq!(world.read_now(4000), Ok(3));
+        assert!(world.notices.contains(&Notice::LegOut { slot: Slot::A }), "seed {seed}: A may be read again after a kill");
     }
 }
