@@ -392,6 +392,15 @@ mod tests {
     }
 
     #[test]
+    fn rule_32_there_are_as_many_buffers_as_were_allocated_and_no_more() {
+        let pool = Pool::new();
+        for class in Class::ALL {
+            let all: Vec<Buffer> = (0..class.count() * 2).map_while(|_| pool.take(class)).collect();
+            assert_eq!(all.len(), class.count(), "{class:?}");
+        }
+    }
+
+    #[test]
     fn what_late_io_holds_is_replaced_and_the_pool_is_as_large_as_before_when_it_ends() {
         let pool = Pool::new();
         let drain = || std::iter::from_fn(|| pool.take(Class::Large)).collect::<Vec<Buffer>>();

@@ -120,3 +120,40 @@ pub(crate) fn open_legs_by(legs: &[LegPath], limit: Duration, before: Before) ->
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn opened_twice() -> (tempfile::TempDir, [File; 2]) {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || File::options().write(true).create(true).truncate(false).open(dir.path().join("data")).unwrap();
+        let files = [open(), open()];
+        (dir, files)
+    }
+
+    #[test]
+    fn rule_25_a_leg_is_not_touched_before_the_one_that_has_it_is_gone() {
+        let (_dir, [earlier, later]) = opened_twice();
+        let fence_by = |limit| fence(&later, Path::new("data"), Instant::now() + limit, Before::Ended);
+        fence(&earlier, Path::new("data"), Instant::now(), Before::Ended).unwrap();
+        assert!(matches!(fence_by(Duration::from_millis(20)), Err(Error::LegBusy { .. })));
+        let ends = Instant::now() + Duration::from_millis(100);
+        let earlier = thread::spawn(move || {
+            thread::sleep(ends - Instant::now());
+            drop(earlier);
+        });
+        fence_by(Duration::from_secs(30)).unwrap();
+        assert!(Instant::now() >= ends, "both had it");
+        earlier.join().unwrap();
+    }
+
+    #[test]
+    fn rule_25_a_process_that_was_killed_and_cannot_end_is_given_time_to_and_then_done_without() {
+        let (_dir, [dying, next]) = opened_twice();
+        fence(&dying, Path::new("data"), Instant::now(), Before::Ended).unwrap();
+        let began = Instant::now();
+        fence(&next, Path::new("data"), began + FENCE_DEADLINE, Before::Dying).unwrap();
+        assert!(began.elapsed() >= DYING_GRACE, "it might have ended");
+    }
+}
