@@ -79,7 +79,9 @@ impl Disk {
     /// The regions that the newest bitmap page on this disk calls dirty.
     pub fn dirty_regions(&self) -> BTreeSet<u64> {
         let bits = format::bitmap_page(&self.meta, VOLUME, 0).map_or_else(Vec::new, |page| page.bits);
-        (0..bits.len() as u64 * 8).filter(|region| bits[*region as usize / 8] & (1 << (region % 8)) != 0).collect()
+        let words = bits.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word));
+        let some = (0..).step_by(64).zip(words).filter(|(_, word)| *word != 0);
+        some.flat_map(|(first, word)| (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| first + bit)).collect()
     }
 }
 

@@ -3,13 +3,13 @@
 
 use lockstep_core::{
     format::REGION_BLOCKS,
-    io::{Buffer, LegOp, Request},
+    io::{LegOp, Request},
     status::{LegState, Sync},
-    units::{Errno, Slot, Tag},
+    units::{Errno, Slot},
 };
 use lockstep_sim::World;
 
-use crate::{assert_equal_again, done, in_flight_on, power_cuts, range, run_dry, small, until_writing};
+use crate::{assert_equal_again, done, in_flight_on, on_its_way, power_cuts, range, run_dry, small, until_writing};
 
 /// Where the bitmap begins in a leg's metadata.
 const PAGES: u64 = 65536;
@@ -200,9 +200,6 @@ fn case_40_a_source_that_dies_at_any_moment_of_a_rebuild_gives_errors_and_never_
 
 #[test]
 fn case_43_a_range_is_held_until_a_recovering_leg_has_reported_too_in_every_order_and_at_every_moment_of_a_rebuild() {
-    let on_its_way = |world: &World, tag: Tag, slot: Slot| {
-        in_flight_on(world, slot, |op| matches!(op, LegOp::Write { buffer: Buffer::Request { tag: of, .. }, .. } if *of == tag)).is_some()
-    };
     let (mut slow, mut ends) = (0, 0);
     returning(false).in_every_order(&mut |world| {
         let mut world = world.clone();

@@ -5,22 +5,12 @@ use lockstep_core::{
     status::LegState,
     units::{Errno, Slot, Tag},
 };
-use lockstep_sim::{Rng, World};
+use lockstep_sim::World;
 
 use crate::{
-    assert_equal_again, assert_resynced, differing, flushed, in_flight_on, on_full_disks, power_cuts, range, small, until_writing, warm,
-    writes_in_flight,
+    assert_equal_again, assert_resynced, differing, flushed, in_flight_on, kills, on_full_disks, power_cuts, range, small, until_writing,
+    warm, writes_in_flight,
 };
-
-/// Kills at this moment; what was on its way has ended or never came to its disk.
-fn kills(world: &World, kills: u64) -> impl Iterator<Item = World> {
-    (0..kills).map(|kill| {
-        let mut after = world.clone();
-        after.rng = Rng(kill);
-        after.kill([true, true]).expect("both are IN");
-        after
-    })
-}
 
 #[test]
 fn case_05_in_every_order_and_after_a_kill_at_every_moment_many_writes_of_one_range_land_in_order_of_arrival() {

@@ -8,6 +8,7 @@ mod changes;
 mod crash;
 mod deadlines;
 mod errors;
+mod every_behind;
 mod every_copy;
 mod every_crash;
 mod every_moment;
@@ -22,7 +23,7 @@ use std::collections::BTreeSet;
 
 use lockstep_core::{
     format::REGION_BLOCKS,
-    io::LegOp,
+    io::{Buffer, LegOp},
     status::{LegState, Sync},
     units::{BlockRange, Errno, IoId, Slot, Tag},
 };
@@ -134,6 +135,11 @@ fn superblock_on(world: &World, slot: Slot) -> Option<IoId> {
     in_flight_on(world, slot, |op| matches!(op, LegOp::WriteMeta { offset, .. } if *offset < 8192))
 }
 
+/// Whether the data of this write is on its way to a leg.
+fn on_its_way(world: &World, write: Tag, slot: Slot) -> bool {
+    in_flight_on(world, slot, |op| matches!(op, LegOp::Write { buffer: Buffer::Request { tag, .. }, .. } if *tag == write)).is_some()
+}
+
 /// Ends everything that ends without the clock.
 fn run_dry(world: &mut World) {
     while world.step() {}
@@ -153,6 +159,16 @@ fn power_cuts(world: &World, cuts: u64) -> impl Iterator<Item = World> {
         after.rng = Rng(cut);
         after.disks.iter_mut().for_each(|disk| disk.dead = false);
         after.crash([true, true]).unwrap_or_else(|refusal| panic!("{refusal}: {}", world.trace()));
+        after
+    })
+}
+
+/// Kills at this moment; what was on its way has ended or never came to its disk.
+fn kills(world: &World, kills: u64) -> impl Iterator<Item = World> {
+    (0..kills).map(|kill| {
+        let mut after = world.clone();
+        after.rng = Rng(kill);
+        after.kill([true, true]).expect("a leg that counts is there");
         after
     })
 }
