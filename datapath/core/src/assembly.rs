@@ -107,7 +107,7 @@ impl fmt::Display for Refusal {
                 "leg {leg} does not say any more which blocks are lost: bring the other leg's disk back, or force this one and read there \
                  what it holds"
             ),
-            Self::TooNew => write!(f, "a leg was written by a newer version: upgrade"),
+            Self::TooNew => write!(f, "a leg was written by a newer version of Lockstep: upgrade csi-node"),
         }
     }
 }

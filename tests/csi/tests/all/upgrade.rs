@@ -1,7 +1,7 @@
 //! csi-node is replaced under load by another build, that one by this one, and so on: LOCKSTEP_OTHER_NODE is that build's csi-node, as in `make soak`; without
 //! it the build replaces itself.
 
-use std::{fs, time::Duration};
+use std::{fs, path::PathBuf, time::Duration};
 
 use lockstep_csi_tests::{
     driver::{Driver, program, until},
@@ -9,6 +9,7 @@ use lockstep_csi_tests::{
     lab::Lab,
     load::Direct,
 };
+use tonic::Code;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn csi_node_is_replaced_by_another_build_and_back_and_nobody_notices() {
@@ -55,6 +56,56 @@ async fn a_record_of_a_later_format_is_refused_before_anything_is_touched() {
     fs::write(&record, &known).unwrap();
     driver.start_node().await;
     waiting.join().unwrap().expect("who knows the record serves");
+    place.down(&driver.client).await.unwrap();
+    driver.assert_copies_identical(&place.id).await;
+    driver.stop();
+}
+
+/// As a later version would leave both slots of a superblock with a feature that must be known: a bit of `incompat`, and the checksum.
+fn of_a_later_version(meta: &[u8]) -> Vec<u8> {
+    let mut later = meta.to_vec();
+    for page in later[..8192].chunks_exact_mut(4096).filter(|page| page.iter().any(|byte| *byte != 0)) {
+        page[12..16].fill(0);
+        page[24] |= 1;
+        let sum = crc::Crc::<u32>::new(&crc::CRC_32_ISCSI).checksum(page);
+        page[12..16].copy_from_slice(&sum.to_le_bytes());
+    }
+    later
+}
+
+/// One copy of a later version is enough: what it says of the other one is not known.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_of_a_later_format_is_refused_before_anything_is_touched() {
+    let lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    let place = driver.place("later", 64 << 20, Some("ext4")).await;
+    place.up(&driver.client).await.unwrap();
+    fs::write(place.target.join("f"), "x").unwrap();
+    place.down(&driver.client).await.unwrap();
+    let uid = driver.volume(&place.id).await.metadata.uid.unwrap();
+    let witness = driver.node_log().with_file_name("state").join(format!("witness/{uid}"));
+    let copies = driver.copies(&place.id).await;
+    let files = || {
+        let of_a_copy = |copy: &PathBuf| [fs::read(copy.with_file_name("meta")).unwrap(), fs::read(copy).unwrap()];
+        (copies.iter().flat_map(of_a_copy).collect::<Vec<_>>(), fs::read(&witness).unwrap())
+    };
+    let known: Vec<Vec<u8>> = copies.iter().map(|copy| fs::read(copy.with_file_name("meta")).unwrap()).collect();
+    for later in [&copies[..1], &copies[1..], &copies[..]] {
+        for (copy, known) in copies.iter().zip(&known) {
+            let meta = if later.contains(copy) { of_a_later_version(known) } else { known.clone() };
+            fs::write(copy.with_file_name("meta"), meta).unwrap();
+        }
+        let before = files();
+        let refused = place.up(&driver.client).await.unwrap_err();
+        assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+        assert!(refused.message().contains("written by a newer version of Lockstep: upgrade csi-node"), "{refused}");
+        assert!(files() == before, "it was touched");
+    }
+    for (copy, known) in copies.iter().zip(&known) {
+        fs::write(copy.with_file_name("meta"), known).unwrap();
+    }
+    place.up(&driver.client).await.unwrap();
+    assert_eq!(fs::read_to_string(place.target.join("f")).unwrap(), "x");
     place.down(&driver.client).await.unwrap();
     driver.assert_copies_identical(&place.id).await;
     driver.stop();
