@@ -10,7 +10,7 @@ use lockstep_sim::{Rng, World};
 use crate::{in_flight_on, range, run_dry, warm};
 
 /// Ticks until the clock has moved by so much. Everything that can end does.
-fn run_for(world: &mut World, millis: u64) {
+pub(crate) fn run_for(world: &mut World, millis: u64) {
     let end = world.now().plus_millis(millis);
     while world.mirror.next_deadline().is_some_and(|at| at <= end) {
         world.tick();

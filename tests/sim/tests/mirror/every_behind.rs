@@ -2,15 +2,13 @@
 //! (mirror rule 32). A is the fast leg, B the slow one.
 
 use lockstep_core::{
-    format,
     io::Request,
-    membership::MemberState,
     status::{LegState, Sync},
     units::{Slot, Tag},
 };
 use lockstep_sim::World;
 
-use crate::{assert_equal_again, done, kills, on_its_way, power_cuts, range, small, until_writing};
+use crate::{assert_equal_again, done, kills, on_its_way, out_by_the_witness, power_cuts, range, small, until_writing};
 
 /// The first eight blocks hold 1, or, where A was filled from B so that the record pins that, 2; B has just been said to be slow.
 fn said_to_be_slow(pinned: Slot) -> World {
@@ -36,10 +34,6 @@ fn two_writes(pinned: Slot, visit: &mut dyn FnMut(&World, [Tag; 2])) -> usize {
 /// Whether the first write is answered and not yet on B.
 fn is_behind(world: &World, write: Tag) -> bool {
     world.answers.contains_key(&write) && on_its_way(world, write, Slot::B)
-}
-
-fn out_by_the_witness(world: &World, slot: Slot) -> bool {
-    format::witness(&world.witness).expect("a slot is whole").0.record.members[slot.index()].state == MemberState::Out
 }
 
 #[test]

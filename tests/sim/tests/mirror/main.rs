@@ -11,6 +11,7 @@ mod errors;
 mod every_behind;
 mod every_copy;
 mod every_crash;
+mod every_hang;
 mod every_moment;
 mod every_order;
 mod histories;
@@ -22,8 +23,9 @@ mod scrub;
 use std::collections::BTreeSet;
 
 use lockstep_core::{
-    format::REGION_BLOCKS,
+    format::{self, REGION_BLOCKS},
     io::{Buffer, LegOp},
+    membership::MemberState,
     status::{LegState, Sync},
     units::{BlockRange, Errno, IoId, Slot, Tag},
 };
@@ -138,6 +140,11 @@ fn superblock_on(world: &World, slot: Slot) -> Option<IoId> {
 /// Whether the data of this write is on its way to a leg.
 fn on_its_way(world: &World, write: Tag, slot: Slot) -> bool {
     in_flight_on(world, slot, |op| matches!(op, LegOp::Write { buffer: Buffer::Request { tag, .. }, .. } if *tag == write)).is_some()
+}
+
+/// By the record that decides.
+fn out_by_the_witness(world: &World, slot: Slot) -> bool {
+    format::witness(&world.witness).expect("a slot is whole").0.record.members[slot.index()].state == MemberState::Out
 }
 
 /// Ends everything that ends without the clock.
