@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use lockstep_core::{COPY_BLOCKS, io::Buffer};
+use lockstep_core::{COPY_BLOCKS, io::Buffer, status::LegState};
 
 use crate::{World, world::Work};
 
@@ -42,6 +42,19 @@ impl World {
         self.next_memory += 1;
         self.memory.insert(self.next_memory, content);
         self.next_memory
+    }
+
+    /// Its request is released: it is somebody else's now, unless a leg that is OUT still has it (mirror rules 5 and 27).
+    pub(crate) fn free(&mut self, memory: Memory) {
+        let mut late = false;
+        for work in self.work.values().filter(|work| work.memory().contains(&memory)) {
+            let Work::Leg(slot, op, _) = work else { panic!("{work:?} has memory of a request") };
+            assert_eq!(self.mirror.status().legs[slot.index()].state, LegState::Out, "released before {slot:?} has done {op:?}");
+            late = true;
+        }
+        if let Some(content) = self.memory.get_mut(&memory).filter(|_| !late) {
+            content.fill(u64::MAX);
+        }
     }
 
     /// The memory that a name means now; a copy's comes to life when it is named.

@@ -3,7 +3,7 @@
 use lockstep_core::{
     format,
     io::{Buffer, LegOp, Outcome},
-    units::{BLOCK_SIZE, BlockRange, Errno, Slot},
+    units::{BLOCK_SIZE, BlockRange, Errno, IoId, Slot},
 };
 
 use crate::{
@@ -126,6 +126,32 @@ impl World {
         }
     }
 
+    /// If this writes a page of metadata: the worlds that a power cut in the middle of it may leave, one for every part that may have come through.
+    pub fn torn(&self, io: IoId) -> Vec<Self> {
+        let mut cut = self.clone();
+        let Some(work) = cut.work.remove(&io) else { return Vec::new() };
+        let (slot, offset, page) = match &work {
+            Work::Leg(slot, LegOp::WriteMeta { offset, page }, _) => (Some(*slot), *offset as usize, page.as_slice()),
+            Work::Witness(offset, page) => (None, *offset as usize, page.as_slice()),
+            _ => return Vec::new(),
+        };
+        let there = &cut.metadata(slot)[offset..offset + page.len()];
+        let changed: Vec<usize> = (0..page.len()).step_by(PIECE).filter(|at| there[*at..][..PIECE] != page[*at..][..PIECE]).collect();
+        let part = |part: u32| {
+            let mut cut = cut.clone();
+            for at in changed.iter().enumerate().filter(|(n, _)| part >> n & 1 == 1).map(|(_, at)| *at) {
+                cut.metadata(slot)[offset + at..][..PIECE].copy_from_slice(&page[at..at + PIECE]);
+            }
+            cut
+        };
+        (0..1 << changed.len()).map(part).collect()
+    }
+
+    /// The metadata of a leg, or the witness.
+    fn metadata(&mut self, leg: Option<Slot>) -> &mut [u8] {
+        leg.map_or(&mut self.witness, |slot| &mut self.disks[slot.index()].meta)
+    }
+
     pub(crate) fn tear(&mut self, slot: Slot, op: LegOp, data: &[(u64, u64)]) {
         let disk = &mut self.disks[slot.index()];
         match op {
@@ -142,9 +168,11 @@ impl World {
     }
 }
 
-/// Any part of the page may have come through, in pieces smaller than a record, so that the whole guarantee is the checksum's.
+/// What comes through of a page in one piece: less than a record, so that the whole guarantee is the checksum's.
+const PIECE: usize = 32;
+
+/// Any part of the page may have come through.
 pub(crate) fn tear_page(rng: &mut Rng, file: &mut [u8], offset: u64, page: &[u8]) {
-    const PIECE: usize = 32;
     for at in (0..page.len()).step_by(PIECE) {
         if rng.once_in(2) {
             file[offset as usize + at..][..PIECE].copy_from_slice(&page[at..at + PIECE]);

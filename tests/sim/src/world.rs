@@ -86,6 +86,7 @@ pub struct World {
     pub limits: Limits,
     /// The mirror under test.
     pub mirror: Mirror,
+    runs: u64,
     now: Instant,
     pub(crate) work: BTreeMap<IoId, Work>,
     /// Work of a process that was killed, still on its way on a disk that hangs.
@@ -144,7 +145,7 @@ impl World {
         let disks = [disk(Slot::A), disk(Slot::B)];
         let witness = format::new_witness(VOLUME, legs, blocks);
         let mut rng = Rng(seed);
-        let (mirror, out) = start(&disks, Some(&witness), None, None, limits, &mut rng).expect("a new volume assembles");
+        let (mirror, out) = start(&disks, Some(&witness), None, None, limits, &mut rng, 0).expect("a new volume assembles");
         let mut world = Self {
             rng,
             disks,
@@ -156,6 +157,7 @@ impl World {
             stuck: BTreeSet::new(),
             limits,
             mirror,
+            runs: 0,
             now: Instant(0),
             work: BTreeMap::new(),
             zombies: Vec::new(),
@@ -229,7 +231,9 @@ impl World {
                 Effect::Release { tag } => {
                     assert!(self.asked.remove(&tag).is_some(), "{tag:?} released twice");
                     assert!(self.answers.contains_key(&tag), "{tag:?} released before it was answered");
-                    self.buffers.remove(&tag);
+                    if let Some(memory) = self.buffers.remove(&tag) {
+                        self.free(memory);
+                    }
                 }
                 Effect::NewBuffer { tag } => {
                     let len = self.memory[&self.buffers[&tag]].len();
@@ -515,7 +519,8 @@ impl World {
             self.disks[slot.index()].dead |= !present[slot.index()];
         }
         let witness = (!self.witness.is_empty()).then_some(self.witness.as_slice());
-        let (mirror, out) = start(&self.disks, witness, self.force, self.seen_epoch, self.limits, &mut self.rng)?;
+        self.runs += 1;
+        let (mirror, out) = start(&self.disks, witness, self.force, self.seen_epoch, self.limits, &mut self.rng, self.runs)?;
         self.mirror = mirror;
         self.now = Instant(0);
         self.perform(out);
@@ -532,6 +537,12 @@ impl World {
         }
         let format::Summary { leg, newest, .. } = format::peek(&self.disks[slot.index()].meta).ok()?;
         Some(self.command(Request::Attach { slot, leg, fill, newest }))
+    }
+
+    /// Another disk is in this place. What the one that was there had to do nobody hears of any more: the process ends too, or has done with it.
+    pub fn swap(&mut self, slot: Slot, disk: Disk) {
+        self.work.retain(|_, work| !matches!(work, Work::Leg(on, ..) if *on == slot));
+        self.disks[slot.index()] = disk;
     }
 
     /// A blank disk in a slot whose leg is OUT: an empty leg is filled from nothing.
@@ -553,9 +564,11 @@ fn start(
     seen_epoch: Option<Epoch>,
     limits: Limits,
     rng: &mut Rng,
+    run: u64,
 ) -> Result<(Mirror, Effects), Refusal> {
     let metas: Vec<&[u8]> = disks.iter().filter(|disk| !disk.dead).map(|disk| disk.meta.as_slice()).collect();
-    let seed = u128::from(rng.below(u64::MAX));
+    // No two runs of a history have one, whatever a test has made of the schedule between them.
+    let seed = u128::from(rng.below(u64::MAX) ^ run);
     let assembly = Assembly { volume: VOLUME, metas: &metas, witness, seen_epoch, force, seed, now: Instant(0), limits };
     let mut out = Effects::new();
     let assembled = assemble(&assembly, &mut out)?;

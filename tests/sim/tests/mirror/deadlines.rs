@@ -7,7 +7,7 @@ use lockstep_core::{
 };
 use lockstep_sim::{Rng, World};
 
-use crate::{in_flight_on, range, run_dry, warm};
+use crate::{in_flight_on, miss_and_return, range, run_dry, small, warm};
 
 /// Ticks until the clock has moved by so much. Everything that can end does.
 pub(crate) fn run_for(world: &mut World, millis: u64) {
@@ -145,6 +145,50 @@ fn case_51_a_process_that_was_stopped_takes_nobody_out() {
         world.settle();
         assert_eq!(world.answers[&write], Ok(()));
         assert!(world.healthy());
+    }
+}
+
+/// Stopped for longer than the deadline; meanwhile the disks have done nothing.
+fn stopped(world: &World) -> World {
+    let mut world = world.clone();
+    world.sleep(60_000);
+    world.tick();
+    world
+}
+
+fn assert_nobody_failed(world: &World) {
+    let failed = |notice: &Notice| matches!(notice, Notice::LegFailed { .. } | Notice::LegOut { .. });
+    assert!(!world.notices.iter().any(failed), "{}", world.trace());
+}
+
+#[test]
+fn case_51_a_process_that_is_stopped_at_any_two_moments_or_again_and_again_at_one_takes_nobody_out_in_any_order() {
+    let mut requests = warm(4);
+    requests.write(range(0, 8));
+    requests.write(range(4, 12));
+    requests.read(range(20, 21));
+    let mut crashed = small(64);
+    crashed.write(range(2, 6));
+    run_dry(&mut crashed);
+    crashed.crash([true, true]).expect("both are IN");
+    let mut returning = small(64);
+    miss_and_return(&mut returning);
+    returning.notices.clear();
+    for world in [requests, crashed, returning] {
+        let mut twice = 0;
+        let once = world.in_every_order(&mut |world| {
+            let mut long = stopped(world);
+            twice += long.in_every_order(&mut |world| assert_nobody_failed(&stopped(world)));
+            for _ in 0..25 {
+                long = stopped(&long);
+            }
+            assert_nobody_failed(&long);
+            long.settle();
+            assert_nobody_failed(&long);
+            assert!(long.healthy() && long.answers.values().all(Result::is_ok), "{}", long.trace());
+            long.assert_identical();
+        });
+        assert!(once > 13 && twice > 70, "{once} {twice}");
     }
 }
 

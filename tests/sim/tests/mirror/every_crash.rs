@@ -1,5 +1,10 @@
 //! A crash, or a disk that goes, at every moment (mirror rules 17 to 24).
 
+use std::{
+    collections::BTreeSet,
+    hash::{DefaultHasher, Hash, Hasher},
+};
+
 use lockstep_core::{
     format,
     io::{Fill, LegOp, Notice, Outcome, Request},
@@ -8,7 +13,9 @@ use lockstep_core::{
 };
 use lockstep_sim::{Disk, VOLUME, World};
 
-use crate::{assert_resynced, flushed, in_flight_on, miss_and_return, power_cuts, range, run_dry, warm};
+use crate::{
+    assert_equal_again, assert_resynced, flushed, in_flight_on, miss_and_return, power_cuts, range, run_dry, small, through, warm,
+};
 
 #[test]
 fn case_18_after_a_power_cut_before_the_flush_each_block_is_old_or_new_and_the_legs_are_equal() {
@@ -71,6 +78,51 @@ fn case_22_what_either_copy_of_the_bitmap_calls_dirty_is_resynced() {
     }
 }
 
+/// A power cut has just come. Blocks that hold nothing which was ever written show which regions are made equal: those that either bitmap names. By leg, whether it alone names one.
+fn assert_united(mut world: World) -> [bool; 2] {
+    let dirty = [0, 1].map(|disk| world.disks[disk].dirty_regions());
+    let planted = [9, 5009, 8200];
+    for (disk, token) in world.disks.iter_mut().zip([98, 99]) {
+        disk.durable.extend(planted.map(|block| (block, token)));
+    }
+    world.settle();
+    assert!(world.healthy());
+    for (region, block) in (0..).zip(planted) {
+        let named = dirty.iter().any(|dirty| dirty.contains(&region));
+        assert_eq!(world.disks[0].read(block) == world.disks[1].read(block), named, "region {region} of {dirty:?}: {}", world.trace());
+    }
+    [0, 1].map(|leg| !dirty[leg].is_subset(&dirty[1 - leg]))
+}
+
+#[test]
+fn case_22_whatever_the_bitmaps_differ_by_after_a_power_cut_at_any_moment_and_another_in_the_assembly_what_either_names_is_resynced() {
+    let mut world = flushed(1);
+    while world.mirror.status().dirty_regions > 0 {
+        assert!(world.step() || world.tick());
+    }
+    // The first region is being cleaned; it and two others are written.
+    for at in [3, 5000, 8194] {
+        world.write(range(at, at + 1));
+    }
+    let (mut alone, mut again) = ([0; 2], 0);
+    let worlds = world.in_every_order(&mut |world| {
+        for after in power_cuts(world, 4) {
+            let by = assert_united(after.clone());
+            alone = [0, 1].map(|leg| alone[leg] + usize::from(by[leg]));
+            if by.contains(&true) {
+                after.in_every_order_while(&mut |world| {
+                    for after in power_cuts(world, 1) {
+                        again += 1;
+                        assert_united(after);
+                    }
+                    !world.mirror.status().ready
+                });
+            }
+        }
+    });
+    assert!(worlds > 20 && alone.iter().all(|times| *times > 4) && again > 150, "{worlds} {alone:?} {again}");
+}
+
 #[test]
 fn case_23_a_resync_that_is_cut_off_again_and_again_goes_on_and_ends_equal() {
     let mut cut_off = 0;
@@ -94,6 +146,46 @@ fn case_23_a_resync_that_is_cut_off_again_and_again_goes_on_and_ends_equal() {
         world.assert_identical();
     }
     assert!(cut_off > 60, "{cut_off}");
+}
+
+#[test]
+fn case_31_metadata_that_a_power_cut_tears_at_any_moment_in_any_way_loses_nothing_that_was_answered_or_flushed() {
+    let phases: [fn(&mut World); 6] = [
+        |world| {
+            world.write_fua(range(2, 4));
+            world.write(range(0, 2));
+        },
+        |world| _ = world.flush(),
+        |world| {
+            world.disks[1].dead = true;
+            world.write_fua(range(3, 6));
+        },
+        |world| _ = world.bring_back(Slot::B).expect("it has a place"),
+        |world| _ = world.command(Request::Stop),
+        |world| world.crash([true, true]).expect("both are IN"),
+    ];
+    let (mut parts, mut outcomes) = ([0; 6], [0; 6]);
+    through(small(64), &phases, &mut |world, phase| {
+        for io in world.movable() {
+            let mut seen = BTreeSet::new();
+            for mut after in world.torn(io) {
+                parts[phase] += 1;
+                after.disks.iter_mut().for_each(|disk| disk.dead = false);
+                after.crash([true, true]).unwrap_or_else(|refusal| panic!("{refusal}: {}", world.trace()));
+                let mut outcome = DefaultHasher::new();
+                after.mirror.hash(&mut outcome);
+                if seen.insert(outcome.finish()) {
+                    outcomes[phase] += 1;
+                    // The oracle of a read: not older than what was durable when it was answered.
+                    after.read(range(0, 8));
+                    assert_equal_again(&mut after);
+                }
+            }
+        }
+    });
+    for phase in [0, 2, 3, 4, 5] {
+        assert!(parts[phase] >= 8 && outcomes[phase] >= 5, "{parts:?} {outcomes:?}");
+    }
 }
 
 #[test]

@@ -1,9 +1,9 @@
 //! Cases of single requests, in every order in which what they ask of the disks may end, with a power cut or a kill at every moment.
 
 use lockstep_core::{
-    io::LegOp,
+    io::{Buffer, LegOp, Outcome},
     status::LegState,
-    units::{Errno, Slot, Tag},
+    units::{BLOCK_SIZE, Errno, Slot, Tag},
 };
 use lockstep_sim::World;
 
@@ -31,6 +31,49 @@ fn case_05_in_every_order_and_after_a_kill_at_every_moment_many_writes_of_one_ra
         assert!(answered == 64 || !world.movable().is_empty(), "it never ends");
     });
     assert!(worlds > 64 * 2, "{worlds}");
+}
+
+#[test]
+fn case_08_in_every_order_and_after_a_short_count_or_a_host_fault_at_any_moment_both_legs_get_the_one_copy_of_the_payload() {
+    // The world overwrites the memory of a request when that is released, as its program does.
+    let mut world = warm(1);
+    let ranges = [range(0, 8), range(4, 12)];
+    let writes = ranges.map(|range| world.write(range));
+    let own_part = |world: &World| {
+        for (.., op) in world.in_flight() {
+            let LegOp::Write { range, buffer: Buffer::Request { tag, skip }, .. } = op else { continue };
+            assert_eq!(skip, range.start - ranges[usize::from(tag == writes[1])].start, "{}", world.trace());
+        }
+    };
+    let mut ends = 0;
+    let worlds = world.in_every_order(&mut |world| {
+        for (io, slot, op) in world.in_flight() {
+            let LegOp::Write { range, buffer: Buffer::Request { tag, .. }, .. } = op else { continue };
+            let token = if tag == writes[0] { 2 } else { 3 };
+            for outcome in [0, 512, 4096, 5000, 7 * 4096].map(Outcome::Done).into_iter().chain([Outcome::Failed(Errno::EAGAIN)]) {
+                let mut world = world.clone();
+                if let Outcome::Done(bytes) = outcome {
+                    world.disks[slot.index()].cache.extend((range.start..range.start + bytes / BLOCK_SIZE).map(|block| (block, token)));
+                }
+                world.end(io, outcome);
+                world.in_every_order(&mut |world| {
+                    own_part(world);
+                    for mut after in kills(world, 1) {
+                        let found = [0, 4, 11].map(|block| after.read_now(block).expect("both can read"));
+                        assert!(found[0] == 1 || found[0] == 2, "{found:?}: {}", after.trace());
+                        assert_equal_again(&mut after);
+                    }
+                    if world.movable().is_empty() {
+                        ends += 1;
+                        assert!(writes.iter().all(|tag| world.answers.get(tag) == Some(&Ok(()))), "{}", world.trace());
+                        world.assert_identical();
+                        assert_eq!([0, 3, 4, 11].map(|block| world.disks[0].read(block)), [2, 2, 3, 3]);
+                    }
+                });
+            }
+        }
+    });
+    assert!(worlds > 6 && ends > 40, "{worlds} {ends}");
 }
 
 #[test]

@@ -14,6 +14,7 @@ mod every_crash;
 mod every_hang;
 mod every_moment;
 mod every_order;
+mod every_return;
 mod histories;
 mod membership;
 mod order;
@@ -175,9 +176,24 @@ fn kills(world: &World, kills: u64) -> impl Iterator<Item = World> {
     (0..kills).map(|kill| {
         let mut after = world.clone();
         after.rng = Rng(kill);
-        after.kill([true, true]).expect("a leg that counts is there");
+        after.kill([true, true]).unwrap_or_else(|refusal| panic!("{refusal}: {}", world.trace()));
         after
     })
+}
+
+/// What each phase of a history asks for ends, in every order, and the next one begins where all of it has. Visits every moment, with the number of its phase.
+fn through(mut world: World, phases: &[fn(&mut World)], visit: &mut dyn FnMut(&World, usize)) {
+    for (n, phase) in phases.iter().enumerate() {
+        phase(&mut world);
+        let mut end = None;
+        world.in_every_order(&mut |world| {
+            visit(world, n);
+            if world.movable().is_empty() {
+                end = Some(world.clone());
+            }
+        });
+        world = end.expect("it ends");
+    }
 }
 
 /// On disks that are full, or not: what is asked for, in every order until it is answered, and what comes after: `after_a_cut` judges each of so many power
@@ -215,11 +231,11 @@ fn on_full_disks(
     assert!(answers > 0);
 }
 
-/// The copies are the same where both count; and then B gets what it missed.
+/// The copies are the same where both count; and then who is OUT gets what it missed.
 fn assert_equal_again(world: &mut World) {
     world.settle();
-    if world.mirror.status().legs[1].state == LegState::Out {
-        world.bring_back(Slot::B);
+    if let Some(slot) = Slot::BOTH.into_iter().find(|slot| world.mirror.status().legs[slot.index()].state == LegState::Out) {
+        world.bring_back(slot);
         world.settle();
     }
     assert!(world.healthy(), "{:?}", world.mirror.status());
