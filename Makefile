@@ -31,7 +31,7 @@ explore: ## Every interleaving of a few writes, a flush, a fault and a crash on 
 fuzz: ## The decoders on what a fuzzer thinks of, each for FUZZ_SECONDS=N
 	FUZZ_SECONDS=$(FUZZ_SECONDS) tests/run fuzz
 
-mutants: ## Break the mirror on purpose, patch by patch: a named test fails, and the simulator's oracles alone notice
+mutants: ## Break the mirror on purpose, patch by patch: a named test fails, the simulator's oracles alone notice, the exploration finds it
 	MUTANTS= tests/run mutants
 
 cargo-mutants: ## Break range lock, bitmap, superblock and membership in every way that cargo-mutants knows (FILES=... for others)
