@@ -3,13 +3,13 @@
 
 use lockstep_core::{
     format::REGION_BLOCKS,
-    io::{LegOp, Request},
+    io::{Buffer, LegOp, Notice, Request},
     status::{LegState, Sync},
     units::{Errno, Slot},
 };
 use lockstep_sim::World;
 
-use crate::{assert_equal_again, done, in_flight_on, on_its_way, power_cuts, range, run_dry, small, until_writing};
+use crate::{assert_equal_again, deadlines::run_for, done, in_flight_on, on_its_way, power_cuts, range, run_dry, small, until_writing};
 
 /// Where the bitmap begins in a leg's metadata.
 const PAGES: u64 = 65536;
@@ -243,4 +243,119 @@ fn case_46_a_leg_that_was_away_while_the_source_discarded_reads_zeroes_there_in_
         }
     });
     assert!(ends > 0);
+}
+
+#[test]
+fn case_24_in_every_order_a_write_waits_for_the_piece_that_is_being_copied_at_any_moment_and_a_read_is_served_by_its_source_at_once() {
+    let resyncing = || {
+        let mut world = small(64);
+        world.write(range(2, 6));
+        until_writing(&mut world);
+        world.kill([true, true]).expect("both are IN");
+        world
+    };
+    let copying = |world: &World| {
+        world.in_flight().iter().any(|(.., op)| {
+            matches!(op, LegOp::Read { buffer: Buffer::Copy { .. }, .. } | LegOp::Write { buffer: Buffer::Copy { .. }, .. })
+        })
+    };
+    for begun in [returning(false), resyncing()] {
+        let (mut waited, mut ends) = (0, 0);
+        begun.in_every_order(&mut |world| {
+            let mut world = world.clone();
+            let copied = copying(&world);
+            let read = world.read(range(2, 6));
+            let at_once =
+                in_flight_on(&world, Slot::A, |op| matches!(op, LegOp::Read { buffer: Buffer::Request { tag, .. }, .. } if *tag == read));
+            assert!(at_once.is_some() || !copied, "it waits: {}", world.trace());
+            let write = world.write(range(4, 8));
+            world.in_every_order(&mut |world| {
+                let writing = Slot::BOTH.into_iter().any(|slot| on_its_way(world, write, slot));
+                assert!(!(writing && copying(world)), "the copy may land over it: {}", world.trace());
+                waited += usize::from(copied && copying(world));
+                for mut after in power_cuts(world, 1) {
+                    assert_equal_again(&mut after);
+                }
+                if world.movable().is_empty() {
+                    ends += 1;
+                    assert!([read, write].iter().all(|tag| world.answers[tag] == Ok(())) && world.healthy());
+                    world.assert_identical();
+                    assert_eq!([1, 4, 7].map(|block| world.disks[1].read(block)), [1, 3, 3]);
+                }
+            });
+        });
+        assert!(waited > 5 && ends > 9, "{waited} {ends}");
+    }
+}
+
+#[test]
+fn case_25_in_every_order_what_one_leg_cannot_read_in_a_resync_comes_from_the_other_and_what_neither_can_stays_dirty_also_after_a_power_cut()
+ {
+    for bad in [[true, false], [false, true], [true, true]] {
+        let mut world = small(64);
+        world.write(range(2, 5));
+        until_writing(&mut world);
+        world.kill([true, true]).expect("both are IN");
+        world.disks.iter_mut().zip(bad).for_each(|(disk, bad)| disk.bad.extend(bad.then_some(3)));
+        let nowhere = bad == [true; 2];
+        let mut ends = 0;
+        world.in_every_order(&mut |world| {
+            let told = world.notices.contains(&Notice::Unreadable { range: range(3, 4) });
+            assert_eq!(world.mirror.status().legs.map(|leg| leg.state), [LegState::In; 2], "nobody goes OUT for it");
+            assert!(nowhere || !told, "one leg has it");
+            let ended = world.movable().is_empty();
+            for mut after in power_cuts(world, 2).chain(ended.then(|| world.clone())) {
+                run_dry(&mut after);
+                let found = [2, 4].map(|block| after.read_now(block).expect("they can be read"));
+                assert!(found.iter().all(|found| [1, 2].contains(found)), "{found:?}");
+                match after.read_now(3) {
+                    Ok(found) => assert!(!nowhere && [1, 2].contains(&found)),
+                    Err(errno) => {
+                        assert!(nowhere && errno == Errno::EIO, "{}", after.trace());
+                        // Whatever else is idle has been cleaned by then.
+                        run_for(&mut after, 20_000);
+                        assert!(after.disks.iter().all(|disk| disk.dirty_regions().contains(&0)), "it is forgotten: {}", after.trace());
+                        after.write(range(3, 4));
+                    }
+                }
+                assert_equal_again(&mut after);
+                assert_eq!([2, 4].map(|block| after.read_now(block)), found.map(Ok), "{}", after.trace());
+                assert!(after.disks.iter().all(|disk| disk.bad.is_empty()));
+            }
+            if ended {
+                ends += 1;
+                assert_eq!(told, nowhere, "{}", world.trace());
+            }
+        });
+        assert!(ends > 0);
+    }
+}
+
+#[test]
+fn case_25_in_every_order_what_the_only_good_leg_cannot_read_in_a_rebuild_is_never_read_as_data_also_after_a_power_cut_at_every_moment() {
+    let mut world = returning(false);
+    world.disks[0].bad.insert(3);
+    let (mut listed, mut ends) = (0, 0);
+    world.in_every_order(&mut |world| {
+        let ended = world.movable().is_empty();
+        listed += usize::from(world.disks.iter().all(|disk| disk.bad_blocks() == [range(3, 4)]));
+        for mut after in power_cuts(world, 2).chain(ended.then(|| world.clone())) {
+            run_dry(&mut after);
+            assert_eq!([2, 3, 4].map(|block| after.read_now(block)), [Ok(2), Err(Errno::EIO), Ok(2)], "{}", after.trace());
+            assert_equal_again(&mut after);
+            // Both count, and either may be asked.
+            assert_eq!([3; 2].map(|block| after.read_now(block)), [Err(Errno::EIO); 2], "{}", after.trace());
+            assert_eq!([2, 4].map(|block| after.disks[1].read(block)), [2; 2]);
+            after.write(range(3, 4));
+            after.settle();
+            assert_eq!([3; 2].map(|block| after.read_now(block)), [Ok(3); 2], "{}", after.trace());
+            assert_equal_again(&mut after);
+            assert!(after.disks.iter().all(|disk| disk.bad_blocks().is_empty()));
+        }
+        if ended {
+            ends += 1;
+            assert!(world.healthy() && world.notices.contains(&Notice::BlocksLost { range: range(3, 4) }));
+        }
+    });
+    assert!(listed > 0 && ends > 0, "{listed} {ends}");
 }

@@ -14,6 +14,7 @@ mod every_crash;
 mod every_hang;
 mod every_moment;
 mod every_order;
+mod every_pass;
 mod every_return;
 mod histories;
 mod membership;

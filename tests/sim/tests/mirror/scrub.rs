@@ -11,7 +11,7 @@ use lockstep_sim::{Rng, World};
 use crate::{in_flight_on, miss_and_return, range, run_dry, until_recovering, warm};
 
 /// Bit rot: the disk holds another content, and nobody wrote it.
-fn rot(world: &mut World, slot: Slot, block: u64) {
+pub(crate) fn rot(world: &mut World, slot: Slot, block: u64) {
     world.disks[slot.index()].durable.insert(block, 666);
     world.disks[slot.index()].cache.remove(&block);
 }
@@ -28,7 +28,7 @@ fn written(seed: u64, ranges: &[BlockRange]) -> World {
     world
 }
 
-fn scrub(world: &mut World, believed: Option<Slot>) -> Tag {
+pub(crate) fn scrub(world: &mut World, believed: Option<Slot>) -> Tag {
     world.command(Request::Scrub { believed })
 }
 
@@ -36,7 +36,7 @@ fn report(world: &World) -> Scrub {
     world.mirror.status().scrub
 }
 
-fn mismatches(world: &World) -> Vec<BlockRange> {
+pub(crate) fn mismatches(world: &World) -> Vec<BlockRange> {
     world.notices.iter().filter_map(|notice| if let Notice::Mismatch { range } = notice { Some(*range) } else { None }).collect()
 }
 
