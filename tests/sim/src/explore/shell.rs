@@ -48,6 +48,14 @@ impl Op {
             _ => None,
         }
     }
+
+    /// The client's memory that a read lands in.
+    fn memory(&self) -> Option<(Tag, u32)> {
+        match self {
+            Self::Read { buffer: Buffer::Request { tag, .. }, memory, .. } => Some((*tag, *memory)),
+            _ => None,
+        }
+    }
 }
 
 /// Memory that a read fills: whose, which piece of memory, what is in it.
@@ -241,6 +249,9 @@ impl World {
         };
         if let Some(other) = here.clone().find(|other| clash(other)) {
             return Err(Broken::new("overlapping writes are not on a leg together", format!("{slot:?}: {op:?} beside {other:?}")));
+        }
+        if let Some(late) = self.work.iter().find(|work| op.memory().is_some() && work.op.memory() == op.memory()) {
+            return Err(Broken::new("bounds", format!("{op:?} into memory that {:?} may still land in", late.op)));
         }
         self.work.push(Work { io, slot: Some(slot), op });
         Ok(())
