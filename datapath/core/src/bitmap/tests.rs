@@ -49,10 +49,13 @@ fn a_set_is_durable_only_after_the_page_that_holds_it_has_landed() {
 #[test]
 fn a_write_to_a_region_whose_clear_is_in_flight_waits_and_sets_it_again() {
     let mut bitmap = Bitmap::new(REGION_BLOCKS);
+    assert!(!bitmap.clearing(ONE), "it was never set");
     bitmap.want(ONE);
     land(&mut bitmap);
+    assert!(!bitmap.clearing(ONE), "it is set");
     bitmap.clear(0);
     bitmap.issued(0);
+    assert!(bitmap.clearing(ONE));
     assert!(!bitmap.want(ONE), "the clear may land at any time");
     assert!(bitmap.pages[0].changed, "the set goes with the next write");
     bitmap.landed(0);
