@@ -44,7 +44,7 @@ impl World {
         self.next_memory
     }
 
-    /// Its request is released: it is somebody else's now, unless a leg that is OUT still has it (mirror rules 5 and 27).
+    /// Its request is released: it is somebody else's now, unless a leg that has failed still has it (mirror rules 5 and 27).
     pub(crate) fn free(&mut self, memory: Memory) {
         let mut late = false;
         for work in self.work.values().filter(|work| work.memory().contains(&memory)) {

@@ -144,6 +144,7 @@ impl World {
             }
             cut
         };
+        assert!(changed.len() < 12, "too many parts");
         (0..1 << changed.len()).map(part).collect()
     }
 

@@ -271,6 +271,7 @@ impl World {
                 self.last_read.insert(tag, found[0]);
                 for (i, block) in (range.start..range.end).enumerate() {
                     let got = found[i];
+                    assert!(got != u64::MAX, "nothing was read into block {block}");
                     // A discard has no token: zeroes are right for ever where there was one.
                     let zero = got == 0 && self.zeroed.contains(&block);
                     assert!(zero || got >= floor[i], "block {block} read {got}, but {} was acked before", floor[i]);
@@ -567,7 +568,7 @@ fn start(
     run: u64,
 ) -> Result<(Mirror, Effects), Refusal> {
     let metas: Vec<&[u8]> = disks.iter().filter(|disk| !disk.dead).map(|disk| disk.meta.as_slice()).collect();
-    // No two runs of a history have one, whatever a test has made of the schedule between them.
+    // No two runs of one line of a history have one. Of two lines that part, each needs a schedule of its own.
     let seed = u128::from(rng.below(u64::MAX) ^ run);
     let assembly = Assembly { volume: VOLUME, metas: &metas, witness, seen_epoch, force, seed, now: Instant(0), limits };
     let mut out = Effects::new();

@@ -21,7 +21,7 @@
 //! **Oracles.** What was flushed survives a power cut, and what was answered or read the end of the process; a start is refused if and only if the
 //! rules say so; whatever is read after a start is read again, also when all is quiet and when a leg has returned; then the legs are
 //! identical and both are IN. In every state, reads of every block, twice, return nothing old; overlapping writes are not
-//! on a leg together; when nothing is outstanding, but on a lost leg, every request has ended, every failed leg is durably OUT and the legs are
+//! on a leg together; nothing is read into memory that a late read may still land in; when nothing is outstanding, but on a lost leg, every request has ended, every failed leg is durably OUT and the legs are
 //! identical; nobody gets an error, since there is one fault. `Mirror::check_invariants`, unless it is told not to.
 //!
 //! **Which states are the same.** Those that are equal, field by field, mirror included: nothing is renamed, so there is no renaming to be wrong. The

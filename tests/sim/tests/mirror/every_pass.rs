@@ -1,11 +1,11 @@
 //! Cases of what the mirror does by itself on a volume of one region, the clean pass and the scrub, in every order in which what is on its way may end, with a
 //! power cut at every moment (mirror rules 18 and 30).
 
-use lockstep_core::units::Slot;
+use lockstep_core::{format::bitmap_offset, io::LegOp, units::Slot};
 use lockstep_sim::{Disk, World};
 
 use crate::{
-    differing, power_cuts, range,
+    differing, in_flight_on, power_cuts, range,
     scrub::{mismatches, rot, scrub},
     small,
 };
@@ -35,12 +35,16 @@ fn case_21_in_every_order_and_whenever_the_clean_pass_and_another_write_come_no_
         }
         cleared
     };
+    let clearing = |world: &World| {
+        let page = |op: &LegOp| matches!(op, LegOp::WriteMeta { offset, .. } if *offset >= bitmap_offset(0, 0));
+        world.mirror.status().dirty_regions == 0 && Slot::BOTH.into_iter().any(|slot| in_flight_on(world, slot, page).is_some())
+    };
     let mut world = small(64);
-    world.write(range(2, 6));
-    let (mut moments, mut cleared) = (0, 0);
+    let first = world.write(range(2, 6));
+    let (mut cleared, mut met) = (0, 0);
     while_time_passes(&world, 3, &mut |world| {
-        moments += 1;
-        cleared += usize::from(judge(world));
+        cleared += usize::from(judge(world) && world.answers.contains_key(&first));
+        met += usize::from(clearing(world));
         let mut world = world.clone();
         let write = world.write(range(4, 8));
         world.in_every_order(&mut |world| {
@@ -48,7 +52,7 @@ fn case_21_in_every_order_and_whenever_the_clean_pass_and_another_write_come_no_
             assert!(world.answers.contains_key(&write) || !world.movable().is_empty(), "it never ends: {}", world.trace());
         });
     });
-    assert!(moments > 300 && cleared > 50, "{moments} {cleared}");
+    assert!(cleared > 9 && met > 9, "{cleared} {met}");
 }
 
 #[test]
@@ -73,7 +77,10 @@ fn case_35_in_every_order_a_scrub_names_what_rotted_and_nothing_else_and_only_th
             for mut after in power_cuts(world, 2) {
                 after.settle();
                 let held = holds(&after);
-                assert!(held == [666, 1] || held[0] == held[1] && ([666, 1].contains(&held[0]) || over), "{held:?}: {}", after.trace());
+                // What came near it is resynced.
+                let resynced = held[0] == held[1] && ([666, 1].contains(&held[0]) || over && held[0] == 2);
+                let untouched = believed.is_none() && racing.is_none();
+                assert!(held == [666, 1] || !untouched && resynced, "{held:?}: {}", after.trace());
                 assert_eq!([1, 4, 7].map(|block| after.disks[0].read(block)), [1, 4, 7].map(|block| after.disks[1].read(block)));
             }
             if world.movable().is_empty() {

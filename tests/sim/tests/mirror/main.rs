@@ -232,6 +232,13 @@ fn on_full_disks(
     assert!(answers > 0);
 }
 
+/// It can be read. The oracle of a read: not older than what was answered before, or after a power cut than what was durable by then.
+fn assert_readable(world: &mut World, range: BlockRange) {
+    let read = world.read(range);
+    world.settle();
+    assert_eq!(world.answers[&read], Ok(()), "{}", world.trace());
+}
+
 /// The copies are the same where both count; and then who is OUT gets what it missed.
 fn assert_equal_again(world: &mut World) {
     world.settle();

@@ -4,7 +4,6 @@ use lockstep_core::{
     io::{LegOp, Notice},
     units::{Errno, Slot},
 };
-
 use lockstep_sim::World;
 
 use crate::{answered, cut_off, range, warm};
