@@ -17,6 +17,7 @@ use lockstep_csi_tests::{
 };
 use lockstep_native::run;
 use lockstep_proto::objects::{DiskPhase, LegState, MirrorVolumeStatus};
+use tokio::task::JoinHandle;
 
 const VOLUME_BYTES: u64 = 1 << 30;
 const DISK_MIB: u64 = 1600;
@@ -93,10 +94,10 @@ impl Demo {
     }
 
     /// fio, and a copy of many files with fsync, both on the mounted volume.
-    async fn work(&self, seconds: u32) -> anyhow::Result<Load> {
+    fn work(&self, seconds: u32) -> (Load, JoinHandle<anyhow::Result<()>>) {
         let load = load::on_files(&self.place.target, seconds);
-        copy_with_fsync(&self.place.target.join(format!("files-{seconds}")))?;
-        Ok(load)
+        let files = self.place.target.join(format!("files-{seconds}"));
+        (load, tokio::task::spawn_blocking(move || copy_with_fsync(&files)))
     }
 }
 
@@ -157,7 +158,8 @@ async fn provision() -> anyhow::Result<Demo> {
     demo.story.done(&format!("a volume of 1 GiB, created, staged ({device}, {FS}) and published through the two CSI sockets"));
 
     demo.story.step(&format!("{CALM} s of direct I/O: 12 jobs that overlap, 2 that verify; a copy with fsync"));
-    let load = demo.work(CALM).await?;
+    let (load, copy) = demo.work(CALM);
+    copy.await??;
     ensure!(tokio::task::spawn_blocking(|| load.succeeded()).await?, "fio failed");
     demo.story.done(&format!("{CALM} s of direct I/O, 12 jobs that overlap and 2 that verify, and a copy with fsync: no error"));
 
@@ -171,7 +173,7 @@ async fn fail_and_rebuild(demo: &mut Demo) -> anyhow::Result<()> {
     demo.story.step("the same load again, and a disk fails under it");
     demo.place.up(&demo.driver.client).await?;
     demo.until_healthy().await;
-    let mut load = demo.work(STORM).await?;
+    let (mut load, copy) = demo.work(STORM);
     let before = demo.disks(LegState::In).await;
     let lost = *before.last().context("no disk is in use")?;
     tokio::time::sleep(Duration::from_secs(2)).await;
@@ -204,6 +206,7 @@ async fn fail_and_rebuild(demo: &mut Demo) -> anyhow::Result<()> {
         .done(&format!("rebuilt by itself, under load, onto disk {}", after.iter().find(|disk| !before.contains(disk)).unwrap_or(&lost)));
 
     demo.story.step("the load goes on to its end");
+    copy.await??;
     ensure!(tokio::task::spawn_blocking(|| load.succeeded()).await?, "fio saw an error");
     demo.story.done("the load saw no error");
     demo.place.down(&demo.driver.client).await?;
