@@ -22,6 +22,10 @@ async fn csi_node_is_replaced_by_another_build_and_back_and_nobody_notices() {
     assert_eq!(report.ends.len(), replacements);
 }
 
+fn metas(copies: &[PathBuf]) -> Vec<Vec<u8>> {
+    copies.iter().map(|copy| fs::read(copy.with_file_name("meta")).unwrap()).collect()
+}
+
 /// A csi-node that is older than the one before it, which wrote what this one does not know: it touches nothing, and the volume's users wait for the
 /// one that does.
 #[tokio::test(flavor = "multi_thread")]
@@ -40,8 +44,7 @@ async fn a_record_of_a_later_format_is_refused_before_anything_is_touched() {
     let later = known.replace("version: 1", "version: 2");
     assert_ne!(known, later);
     fs::write(&record, &later).unwrap();
-    let metas = || copies.iter().map(|copy| fs::read(copy.with_file_name("meta")).unwrap()).collect::<Vec<_>>();
-    let before = metas();
+    let before = metas(&copies);
     let device = place.target.clone();
     let waiting = std::thread::spawn(move || Direct::open(&device).unwrap().write(4096));
     driver.start_node().await;
@@ -51,7 +54,7 @@ async fn a_record_of_a_later_format_is_refused_before_anything_is_touched() {
     assert!(refused.message().contains("start the csi-node that wrote it"), "{refused}");
     tokio::time::sleep(Duration::from_secs(3)).await;
     assert!(!waiting.is_finished(), "its users were given an answer");
-    assert!(fs::read_to_string(&record).unwrap() == later && metas() == before, "it was touched");
+    assert!(fs::read_to_string(&record).unwrap() == later && metas(&copies) == before, "it was touched");
     driver.kill_node();
     fs::write(&record, &known).unwrap();
     driver.start_node().await;
@@ -86,10 +89,10 @@ async fn a_copy_of_a_later_format_is_refused_before_anything_is_touched() {
     let witness = driver.node_log().with_file_name("state").join(format!("witness/{uid}"));
     let copies = driver.copies(&place.id).await;
     let files = || {
-        let of_a_copy = |copy: &PathBuf| [fs::read(copy.with_file_name("meta")).unwrap(), fs::read(copy).unwrap()];
-        (copies.iter().flat_map(of_a_copy).collect::<Vec<_>>(), fs::read(&witness).unwrap())
+        let data: Vec<Vec<u8>> = copies.iter().map(|copy| fs::read(copy).unwrap()).collect();
+        (metas(&copies), data, fs::read(&witness).unwrap())
     };
-    let known: Vec<Vec<u8>> = copies.iter().map(|copy| fs::read(copy.with_file_name("meta")).unwrap()).collect();
+    let known = metas(&copies);
     for later in [&copies[..1], &copies[1..], &copies[..]] {
         for (copy, known) in copies.iter().zip(&known) {
             let meta = if later.contains(copy) { of_a_later_version(known) } else { known.clone() };

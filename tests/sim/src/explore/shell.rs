@@ -50,7 +50,7 @@ impl Op {
     }
 
     /// The client's memory that a read lands in.
-    fn memory(&self) -> Option<(Tag, u32)> {
+    pub(super) fn memory(&self) -> Option<(Tag, u32)> {
         match self {
             Self::Read { buffer: Buffer::Request { tag, .. }, memory, .. } => Some((*tag, *memory)),
             _ => None,

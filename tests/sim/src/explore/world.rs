@@ -3,7 +3,7 @@
 use lockstep_core::{
     Mirror,
     format::{self, Summary},
-    io::{Buffer, Effects, Event as CoreEvent, Fill, Outcome, Request},
+    io::{Effects, Event as CoreEvent, Fill, Outcome, Request},
     status::{LegState, Sync},
     units::{Errno, Instant, LegId, Slot, Tag},
 };
@@ -314,8 +314,7 @@ impl World {
 
     /// The work with this number that is a read of the client's, if there is one.
     pub fn reading(&self, tag: Tag) -> Option<usize> {
-        let mine = |op: &Op| matches!(op, Op::Read { buffer: Buffer::Request { tag: theirs, .. }, .. } if *theirs == tag);
-        self.work.iter().position(|work| mine(&work.op))
+        self.work.iter().position(|work| work.op.memory().is_some_and(|(theirs, _)| theirs == tag))
     }
 
     /// Whether nothing is outstanding.

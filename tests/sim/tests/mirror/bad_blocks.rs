@@ -14,7 +14,7 @@ use lockstep_core::{
 };
 use lockstep_sim::World;
 
-use crate::{in_flight_on, miss_and_return, range, run_dry, warm, writes_in_flight};
+use crate::{in_flight_on, miss_and_return, range, run_dry, warm, witnessed, writes_in_flight};
 
 /// B is away, and A cannot read block 3, which was written meanwhile. B comes back: as it was, or blank.
 fn rebuilding(seed: u64, blank: bool) -> World {
@@ -103,7 +103,7 @@ fn rule_22_a_leg_is_in_only_when_the_list_is_durable_on_both_and_no_crash_before
             }
         }
         let present = [[true, true], [true, false], [false, true]][seed as usize % 3];
-        let both = format::witness(&world.witness).expect("a witness").0.record.members[1].state == MemberState::In;
+        let both = witnessed(&world, Slot::B) == MemberState::In;
         let started = world.crash(present);
         assert_eq!(started.is_ok(), present[0] || both);
         if started.is_err() {

@@ -9,7 +9,7 @@ use lockstep_core::{
 };
 use lockstep_sim::World;
 
-use crate::{in_flight_on, range, run_dry, superblock_on, warm, written_behind_a_resync};
+use crate::{in_flight_on, range, run_dry, superblock_on, warm, witnessed, written_behind_a_resync};
 
 /// B was away while [0, 8) was written, and is being filled.
 fn rebuilding(seed: u64) -> World {
@@ -126,8 +126,7 @@ fn assert_out_when_stopped(world: &mut World, stop: Tag) {
     while !world.answers.contains_key(&stop) {
         assert!(world.step() || world.tick(), "it is never stopped");
     }
-    let witnessed = format::witness(&world.witness).expect("one slot is whole").0.record.members[1].state;
-    assert_eq!((recorded(world), witnessed), (MemberState::Out, MemberState::Out));
+    assert_eq!((recorded(world), witnessed(world, Slot::B)), (MemberState::Out, MemberState::Out));
     assert!(world.in_flight().is_empty());
 }
 

@@ -8,7 +8,9 @@ use lockstep_core::{
 };
 use lockstep_sim::World;
 
-use crate::{assert_equal_again, assert_readable, done, kills, on_its_way, out_by_the_witness, power_cuts, range, small, until_writing};
+use crate::{
+    assert_equal_again, assert_readable, done, killed_while_writing, kills, on_its_way, out_by_the_witness, power_cuts, range, small,
+};
 
 /// The first eight blocks hold 1, or, where A was filled from B so that the record pins that, 2; B has just been said to be slow.
 fn said_to_be_slow(pinned: Slot) -> World {
@@ -171,9 +173,7 @@ fn assert_comes_back(mut world: World, slot: Slot) {
 #[test]
 fn case_42_in_every_order_nothing_is_behind_before_a_resync_from_the_slow_leg_is_over_and_no_kill_at_any_moment_loses_an_answer() {
     let mut world = small(64);
-    world.write(range(2, 6));
-    until_writing(&mut world);
-    world.kill([true, true]).expect("both are IN");
+    killed_while_writing(&mut world, range(2, 6));
     world.command(Request::WriteMostly { slot: Some(Slot::A), behind: true });
     let (mut behind, mut ends) = (0, 0);
     world.in_every_order(&mut |world| {

@@ -27,6 +27,13 @@ fn hanging(world: &World) -> World {
     world
 }
 
+/// The same, and all else has ended. `None`: B was asked for nothing.
+fn waiting_for_b(world: &World) -> Option<World> {
+    let mut world = hanging(world);
+    run_dry(&mut world);
+    is_asked(&world, Slot::B).then_some(world)
+}
+
 /// The clock moves on, and nothing ends meanwhile.
 fn pass(world: &mut World, millis: u64) {
     let end = world.now().plus_millis(millis);
@@ -54,11 +61,7 @@ fn case_36_in_every_order_a_leg_that_hangs_from_any_moment_on_goes_out_by_its_de
     let early = world.write(range(2, 6));
     let (mut late, mut ends) = (0, 0);
     world.in_every_order(&mut |world| {
-        let mut world = hanging(world);
-        run_dry(&mut world);
-        if !is_asked(&world, Slot::B) {
-            return;
-        }
+        let Some(mut world) = waiting_for_b(world) else { return };
         run_for(&mut world, 28_500);
         assert_eq!(states(&world), BOTH_IN, "before its deadline");
         for (of, reads) in [(range(4, 8), true), (range(8, 12), false)] {
@@ -108,11 +111,7 @@ fn case_36_if_the_other_leg_hangs_too_from_any_moment_on_nobody_goes_out() {
     let tags = [world.write(range(2, 6)), world.read(range(6, 8)), world.read(range(6, 8))];
     let mut both = 0;
     world.in_every_order(&mut |world| {
-        let mut world = hanging(world);
-        run_dry(&mut world);
-        if !is_asked(&world, Slot::B) {
-            return;
-        }
+        let Some(mut world) = waiting_for_b(world) else { return };
         run_for(&mut world, 10_000);
         let write = world.write(range(8, 12));
         world.in_every_order(&mut |world| {

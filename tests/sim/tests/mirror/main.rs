@@ -111,14 +111,19 @@ fn cut_off(world: &mut World, block: u64, tokens: [u64; 2]) {
     }
 }
 
+/// A write that was on its way to both legs, and a kill: it is assembled, and its region is to be resynced.
+fn killed_while_writing(world: &mut World, range: BlockRange) {
+    world.write(range);
+    until_writing(world);
+    world.kill([true, true]).expect("both are IN");
+}
+
 /// A mirror that is resynced after a kill, and a write on its way to both legs where it was copied already; others of its region are not.
 fn written_behind_a_resync(seed: u64) -> (World, Tag) {
     let mut world = warm(seed);
     world.write(range(0, 8));
     world.settle();
-    world.write(range(100, 108));
-    until_writing(&mut world);
-    world.kill([true, true]).expect("both are IN");
+    killed_while_writing(&mut world, range(100, 108));
     while !(world.mirror.status().sync == Sync::Resync && world.mirror.status().copied_blocks > 7) {
         assert!(world.step(), "it is never resynced");
     }
@@ -144,9 +149,19 @@ fn on_its_way(world: &World, write: Tag, slot: Slot) -> bool {
     in_flight_on(world, slot, |op| matches!(op, LegOp::Write { buffer: Buffer::Request { tag, .. }, .. } if *tag == write)).is_some()
 }
 
+/// A page of the bitmap on its way to a leg.
+fn bitmap_on(world: &World, slot: Slot) -> Option<IoId> {
+    in_flight_on(world, slot, |op| matches!(op, LegOp::WriteMeta { offset, .. } if *offset >= format::bitmap_offset(0, 0)))
+}
+
+/// What the witness says of a leg.
+fn witnessed(world: &World, slot: Slot) -> MemberState {
+    format::witness(&world.witness).expect("a slot is whole").0.record.members[slot.index()].state
+}
+
 /// By the record that decides.
 fn out_by_the_witness(world: &World, slot: Slot) -> bool {
-    format::witness(&world.witness).expect("a slot is whole").0.record.members[slot.index()].state == MemberState::Out
+    witnessed(world, slot) == MemberState::Out
 }
 
 /// Ends everything that ends without the clock.

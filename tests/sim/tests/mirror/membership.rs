@@ -9,7 +9,7 @@ use lockstep_core::{
 };
 use lockstep_sim::{BLOCKS, Rng, VOLUME, World};
 
-use crate::{in_flight_on, range, run_dry, warm};
+use crate::{in_flight_on, out_by_the_witness, range, run_dry, warm, witnessed};
 
 #[test]
 fn case_09_a_write_that_a_lost_leg_missed_is_answered_only_after_the_loss_is_durable() {
@@ -196,11 +196,6 @@ fn rule_08_an_answer_means_that_every_leg_that_is_in_has_the_data() {
     }
 }
 
-/// What the witness says of B.
-fn witnessed(world: &World) -> MemberState {
-    format::witness(&world.witness).expect("one slot is whole").0.record.members[1].state
-}
-
 #[test]
 fn rule_10_no_answer_misses_a_leg_before_the_witness_says_that_it_is_out() {
     for fails in [0, 1, 4] {
@@ -210,7 +205,7 @@ fn rule_10_no_answer_misses_a_leg_before_the_witness_says_that_it_is_out() {
         let write = world.write(range(0, 8));
         while !world.answers.contains_key(&write) {
             assert!(world.step() || world.tick(), "the write never ended");
-            assert!(!world.answers.contains_key(&write) || witnessed(&world) == MemberState::Out);
+            assert!(!world.answers.contains_key(&write) || out_by_the_witness(&world, Slot::B));
         }
         assert_eq!(world.answers[&write], Ok(()), "a witness that fails for a moment is tried again");
     }
@@ -230,7 +225,7 @@ fn rule_10_a_witness_that_stays_broken_gives_errors_until_it_works_again() {
     world.settle();
     let write = world.write(range(0, 8));
     world.settle();
-    assert_eq!((world.answers[&write], witnessed(&world)), (Ok(()), MemberState::Out));
+    assert_eq!((world.answers[&write], witnessed(&world, Slot::B)), (Ok(()), MemberState::Out));
 }
 
 #[test]
@@ -447,7 +442,7 @@ fn case_12_a_write_in_flight_when_a_leg_fails_waits_for_its_out_too() {
         }
         while !(world.answers.contains_key(&first) && world.answers.contains_key(&second)) {
             let answered = [first, second].iter().any(|tag| world.answers.contains_key(tag));
-            assert!(!answered || witnessed(&world) == MemberState::Out, "answered before B is durably OUT");
+            assert!(!answered || out_by_the_witness(&world, Slot::B), "answered before B is durably OUT");
             assert!(world.step(), "a write never ended");
         }
         // Whatever comes back now, both are there: the oracle of a read is that it is not older than what a flush covered.
