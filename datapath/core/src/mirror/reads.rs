@@ -47,9 +47,7 @@ impl Mirror {
             let lands = |slow: Slot| self.legs[slow.index()].state == State::In && !tried[slow.index()];
             if behind.is_some_and(lands) {
                 // The slow leg may serve it when it has what was answered (mirror rule 32).
-                self.reads.remove(&id);
-                self.lock.release(id, &mut self.woken);
-                return self.read_again(tag, range, out);
+                return self.read_again(id, out);
             }
             return self.read_failed(id, out);
         };
@@ -111,9 +109,7 @@ impl Mirror {
             let pinned = self.bitmap.unsynced(piece);
             let repairs = self.start_repair(piece, slot, slot.other(), out);
             if pinned && (repairs || self.counts_until_out(slot.other())) {
-                let Some(read) = self.reads.remove(&id) else { return };
-                self.lock.release(id, &mut self.woken);
-                return self.read_again(read.tag, range, out);
+                return self.read_again(id, out);
             }
         }
         if piece.end == range.end {
@@ -150,17 +146,19 @@ impl Mirror {
     }
 
     fn finish_read(&mut self, id: EntryId, result: Result<(), Errno>, out: &mut Effects) {
-        let Some(read) = self.reads.remove(&id) else { return };
-        let raced = result.is_ok() && self.lock.raced(id);
-        self.lock.release(id, &mut self.woken);
-        if raced {
-            return self.read_again(read.tag, read.range, out);
+        if result.is_ok() && self.lock.raced(id) {
+            // What was read beside a write may not last: it is read when that write is final (mirror rule 7).
+            return self.read_again(id, out);
         }
+        let Some(read) = self.reads.remove(&id) else { return };
+        self.lock.release(id, &mut self.woken);
         Self::answer(read.tag, result, out);
     }
 
-    /// What was read beside a write may not last: it is read when that write is final (mirror rule 7).
-    fn read_again(&mut self, tag: Tag, range: BlockRange, out: &mut Effects) {
+    /// From the beginning, after those that wait for its blocks.
+    fn read_again(&mut self, id: EntryId, out: &mut Effects) {
+        let Some(Read { tag, range, .. }) = self.reads.remove(&id) else { return };
+        self.lock.release(id, &mut self.woken);
         let id = self.next_entry();
         self.reads.insert(id, Read { tag, range, piece: range, tried: [false; 2] });
         if self.lock.acquire(id, range, Class::ReadAgain) {
@@ -185,7 +183,7 @@ impl Mirror {
 
     /// The same for ranges that lie in one region each, whether there is room for that to become dirty or not.
     pub(super) fn repair(&mut self, mut parts: Vec<BlockRange>, good: Slot, bad: Slot, out: &mut Effects) -> bool {
-        if self.legs[bad.index()].state != State::In || self.read_only.is_some() || self.stopping.is_some() {
+        if self.legs[bad.index()].state != State::In || self.read_only.is_some() {
             return false;
         }
         parts.retain(|part| !self.copies.values().any(|copy| copy.purpose == CopyFor::Repair && copy.range == *part));

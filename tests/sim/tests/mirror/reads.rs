@@ -1,7 +1,7 @@
 //! Reads beside writes (mirror rule 7).
 
 use lockstep_core::{
-    io::{LegOp, Notice},
+    io::{LegOp, Notice, Request},
     units::{Errno, Slot},
 };
 use lockstep_sim::World;
@@ -85,5 +85,21 @@ fn rule_21_where_the_legs_may_differ_nothing_is_read_beside_a_leg_with_too_many_
         world.disks[0].bad.insert(4000);
         assert_eq!(world.read_now(4000), Ok(3));
         assert!(world.notices.contains(&Notice::LegOut { slot: Slot::A }), "seed {seed}: A may be read again after a kill");
+    }
+}
+
+#[test]
+fn rule_21_where_the_legs_may_differ_a_read_in_a_stop_puts_on_the_pinned_leg_what_it_was_answered_with() {
+    for seed in 0..20 {
+        let mut world = unsynced(seed);
+        world.disks[0].bad.insert(4000);
+        let read = world.read(range(4000, 4001));
+        let stop = world.command(Request::Stop);
+        answered(&mut world, &[read]);
+        assert_eq!((world.answers[&read], world.found(read)), (Ok(()), Some(3)));
+        assert_eq!(world.disks[0].read(4000), 3, "seed {seed}: A may be read again after a kill");
+        world.stuck.clear();
+        answered(&mut world, &[stop]);
+        assert_eq!(world.answers[&stop], Ok(()));
     }
 }
