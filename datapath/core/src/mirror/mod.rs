@@ -11,14 +11,14 @@
 //! that misses it goes out.
 //!
 //! Invariants, asserted by `check_invariants` (`invariants.rs`):
-//! 1. At least one leg is IN.
-//! 2. No two issued exclusive entries of the range lock overlap.
-//! 3. Data is issued only to regions whose bit is durably set on every leg that is IN by the durable record; the copies of a rebuild need none.
-//! 4. A region's `pending` is the number of unreleased writes and copies in the range lock there.
-//! 5. A RECOVERING leg serves no read.
-//! 6. A region that counts as dirty for the cap is counted, and only what waits for room is in that queue.
-//! 7. One metadata write in flight for each leg's superblock, for each bitmap page, for the list of bad blocks, and for the witness.
-//! 8. What was answered and is not on the write-mostly leg is within its bounds.
+//! 1. At least one leg is IN (mirror rule 14).
+//! 2. No two issued exclusive entries of the range lock overlap (3).
+//! 3. Data is issued only to regions whose bit is durably set on every leg that is IN by the durable record; the copies of a rebuild need none (17).
+//! 4. A region's `pending` is the number of unreleased writes and copies in the range lock there (18).
+//! 5. A RECOVERING leg serves no read (23).
+//! 6. A region that counts as dirty for the cap is counted, and only what waits for room is in that queue (17).
+//! 7. One metadata write in flight for each leg's superblock, for each bitmap page, for the list of bad blocks, and for the witness (10).
+//! 8. What was answered and is not on the write-mostly leg is within its bounds (32).
 
 mod admin;
 mod behind;

@@ -247,20 +247,27 @@ fn every_flipped_bit_of_a_page_is_damage_and_never_a_newer_version() {
     meta[4096..8192].fill(0);
     witness[4096..].fill(0);
     meta[bitmap_offset(0, 0) as usize..][..4096].fill(0);
+    let second = bitmap_offset(1, 1) as usize;
+    meta.resize(second, 0);
+    meta.extend_from_slice(format::encode_bitmap(VOLUME, 1, &[0x5a; 9]).as_slice());
+    meta[bitmap_offset(1, 0) as usize..second].fill(0);
     assert!(format::superblock(&meta).is_ok() && format::witness(&witness).is_ok());
-    assert!(format::bad_blocks(&meta, VOLUME, BLOCKS).is_some() && format::bitmap_page(&meta, VOLUME, 0).is_some());
+    assert!(
+        format::bad_blocks(&meta, VOLUME, BLOCKS).is_some()
+            && [0, 1].into_iter().all(|page| format::bitmap_page(&meta, VOLUME, page).is_some())
+    );
     for bit in 0..4096 * 8 {
         let (byte, mask) = (bit / 8, 1 << (bit % 8));
         let at = bitmap_offset(0, 1) as usize;
-        for byte in [byte, 32768 + byte, at + byte] {
+        for byte in [byte, 32768 + byte, at + byte, second + byte] {
             meta[byte] ^= mask;
         }
         witness[byte] ^= mask;
         assert_eq!(format::superblock(&meta), Err(MetaError::Damaged), "bit {bit}");
         assert_eq!(format::witness(&witness), Err(MetaError::Damaged), "bit {bit}");
-        assert_eq!(format::bitmap_page(&meta, VOLUME, 0), None, "bit {bit}");
+        assert_eq!([0, 1].map(|page| format::bitmap_page(&meta, VOLUME, page)), [None, None], "bit {bit}");
         assert_eq!(format::bad_blocks(&meta, VOLUME, BLOCKS), None, "bit {bit}");
-        for byte in [byte, 32768 + byte, at + byte] {
+        for byte in [byte, 32768 + byte, at + byte, second + byte] {
             meta[byte] ^= mask;
         }
         witness[byte] ^= mask;

@@ -8,7 +8,8 @@
 //! Crashes: a kill loses no answered write. A power cut loses none that a flush or FUA answered; each block is then a version that is not older.
 //!
 //! The one exception (mirror rule 21): while the legs may differ after an unclean stop, and the leg that reads are pinned to is lost (or a
-//! block of it), what was never answered *or not flushed before a power cut* may change, once. The caller says when: `exception`.
+//! block of it), what was never answered *or not flushed before a power cut* may change, once. The caller says when: `exception`. A crash of a
+//! mirror that gave up is such a moment: a leg was lost and nobody could record it, so the next start may count it again, and read it.
 //!
 //! Write-behind (mirror rule 32), where the operator asked for it: what was answered by one leg alone, and not flushed, is lost with that leg
 //! and the process together: `behind_lost`.

@@ -61,7 +61,7 @@ impl Machine {
         let mut steps = 0;
         while self.broken.is_none() && self.asked.contains_key(&tag) {
             if let Some((_, power)) = cut.filter(|(at, _)| *at == steps) {
-                *self.coverage.crashes.entry("in a stop").or_default() += 1;
+                *self.coverage.others.entry("crashes in a stop").or_default() += 1;
                 return self.crash(Crash::plain(power));
             }
             steps += 1;
@@ -139,11 +139,11 @@ impl Machine {
         // A disk comes back blank only if the other one has everything.
         if let Some(disk) = crash.blank.and_then(|slot| self.spared(&record, slot, &lying)) {
             self.disks[disk].replace(Vec::new());
-            *self.coverage.crashes.entry("a disk comes back blank").or_default() += 1;
+            *self.coverage.faults.entry("a disk comes back blank").or_default() += 1;
         }
         for disk in (0..self.disks.len()).filter(|disk| crash.bits_damaged & (1 << disk) != 0) {
             self.disks[disk].damage(BITMAP_AT);
-            *self.coverage.crashes.entry("a bitmap page goes bad").or_default() += 1;
+            *self.coverage.faults.entry("a bitmap page goes bad").or_default() += 1;
         }
         if crash.lists_damaged {
             self.refuse_without_lists();
@@ -153,7 +153,7 @@ impl Machine {
 
     /// When nobody knows which blocks are bad, nothing is assembled (mirror rule 22).
     fn refuse_without_lists(&mut self) {
-        *self.coverage.crashes.entry("the lists of bad blocks go bad").or_default() += 1;
+        *self.coverage.faults.entry("the lists of bad blocks go bad").or_default() += 1;
         let kept = self.disks.clone();
         self.disks.iter_mut().for_each(|disk| disk.damage(LIST_AT));
         let there = (0..self.disks.len()).filter(|disk| !self.disks[*disk].trouble.gone).collect();
@@ -217,12 +217,12 @@ impl Machine {
             first.clone_from(&there);
         }
         if crash.witness_lost && record.is_some_and(|record| self.may_lose_witness(&record, lying)) {
-            *self.coverage.crashes.entry("the witness is lost").or_default() += 1;
+            *self.coverage.faults.entry("the witness is lost").or_default() += 1;
             self.witness.lose();
         }
         // It may only veto, so a volume starts without it as with it (mirror rule 12). One start in five, by number: seeds replay as they did.
         if self.object.is_some() && self.boots % 5 == 4 {
-            *self.coverage.crashes.entry("the object's copy is lost").or_default() += 1;
+            *self.coverage.faults.entry("the object's copy is lost").or_default() += 1;
             self.object = None;
         }
         let lost = self.record().is_none();

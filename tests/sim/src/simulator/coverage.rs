@@ -191,7 +191,7 @@ pub fn empty(state: State, kind: Kind, end: End) -> Option<Empty> {
 }
 
 const OPERATIONS: &[&str] =
-    &["read", "write", "write fua", "zero", "flush", "attach", "detach", "grow", "stop", "invalid", "scrub", "write-mostly"];
+    &["read", "write", "write fua", "zero", "flush", "attach", "detach", "grow", "stop", "invalid", "scrub", "stop scrub", "write-mostly"];
 const CRASHES: &[&str] = &[
     "power cut in assembly",
     "power cut in resync",
@@ -203,12 +203,6 @@ const CRASHES: &[&str] = &[
     "kill in rebuild",
     "kill in a metadata write",
     "kill",
-    "in a stop",
-    "a disk comes back blank",
-    "the witness is lost",
-    "the object's copy is lost",
-    "a bitmap page goes bad",
-    "the lists of bad blocks go bad",
 ];
 const FAULTS: &[&str] = &[
     "disk gone",
@@ -227,6 +221,11 @@ const FAULTS: &[&str] = &[
     "unreadable blocks of the last leg",
     "witness fails",
     "host faults and short counts",
+    "a disk comes back blank",
+    "the witness is lost",
+    "the object's copy is lost",
+    "a bitmap page goes bad",
+    "the lists of bad blocks go bad",
 ];
 const OTHERS: &[&str] = &[
     "resyncs completed",
@@ -236,6 +235,7 @@ const OTHERS: &[&str] = &[
     "given up",
     "writes failed on both",
     "starts refused",
+    "crashes in a stop",
     "blocks lost",
     "late reads",
     "pauses",
@@ -246,7 +246,7 @@ const OTHERS: &[&str] = &[
 ];
 
 /// Counts.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Coverage {
     /// State, effect, end.
     pub cells: BTreeMap<(State, Kind, End), u64>,

@@ -298,7 +298,12 @@ impl Machine {
             Action::Detach(slot) => self.detach(slot),
             Action::Scrub(believed) => {
                 self.make_room();
-                self.ask("scrub", Asked::Scrub, Request::Scrub { believed });
+                if self.status.scrub.state == ScrubState::Running {
+                    // There is one already.
+                    self.ask("stop scrub", Asked::Other, Request::StopScrub);
+                } else {
+                    self.ask("scrub", Asked::Scrub, Request::Scrub { believed });
+                }
             }
             Action::WriteMostly(slot, behind) => {
                 self.make_room();
