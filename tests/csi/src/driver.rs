@@ -128,6 +128,11 @@ impl<S: Store> Driver<S> {
         self.holder = Some(start_by(starter, "fuse-holder", &self.dir.join("holder.log"), &self.programs, &args));
     }
 
+    /// The holder's process.
+    pub fn holder_id(&self) -> u32 {
+        self.holder.as_ref().expect("the holder runs").id()
+    }
+
     /// SIGKILL for the holder, and its end.
     pub fn kill_holder(&mut self) {
         let mut holder = self.holder.take().expect("the holder runs");

@@ -17,6 +17,11 @@ pub fn kib(process: u32, file: &str, name: &str) -> u64 {
     figure.trim().trim_end_matches("kB").trim().parse().expect("a number")
 }
 
+/// What the README promises: so much for csi-node with its two threads, ...
+pub const NODE_MIB: u64 = 180;
+/// ... and so much for each volume.
+pub const VOLUME_MIB: u64 = 4;
+
 /// A memory cgroup of version 1 below our own; dropped, it goes.
 #[derive(Debug)]
 pub struct MemoryGroup(PathBuf);

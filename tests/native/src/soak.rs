@@ -494,6 +494,10 @@ impl Soak {
                 *done.disks.entry(what).or_default() += count;
             }
         }
+        let Faults { late, again, jitter_micros, .. } = self.usual;
+        for (wanted, what) in [(late > 0, "late"), (again > 0, "EAGAIN"), (jitter_micros > 0, "overtook")] {
+            assert!(!wanted || done.disks.contains_key(what), "{trouble}: {what:?} never came to be: {:?}", done.disks);
+        }
         done
     }
 

@@ -3,7 +3,7 @@
 use std::{
     fs,
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -21,13 +21,13 @@ pub(super) fn signal(node: &Child, signal: Signal) {
     kill_process(Pid::from_child(node), signal).expect("it is ours");
 }
 
-/// Whether a process ends in this time.
-pub(super) fn ends(process: &mut Child, patience: Duration) -> bool {
+/// How a process ends, if it does in this time.
+pub(super) fn ends(process: &mut Child, patience: Duration) -> Option<ExitStatus> {
     let deadline = Instant::now() + patience;
     while process.try_wait().expect("it was started").is_none() && Instant::now() < deadline {
         thread::sleep(Duration::from_millis(1));
     }
-    process.try_wait().expect("it was started").is_some()
+    process.try_wait().expect("it was started")
 }
 
 /// What each thread of a process does in the kernel.

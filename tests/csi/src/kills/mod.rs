@@ -14,7 +14,7 @@ mod postgres;
 mod report;
 mod session;
 
-use std::{fmt, path::PathBuf};
+use std::{fmt, os::unix::process::ExitStatusExt, path::PathBuf, process::ExitStatus};
 
 pub use report::{End, Report};
 pub use session::run;
@@ -35,6 +35,15 @@ pub enum Kind {
 impl Kind {
     /// All.
     pub const ALL: [Self; 4] = [Self::Kill, Self::Term, Self::Abort, Self::OutOfMemory];
+
+    /// Whether this is how it ends.
+    fn ended_so(self, status: ExitStatus) -> bool {
+        match self {
+            Self::Kill | Self::OutOfMemory => status.signal() == Some(libc::SIGKILL),
+            Self::Term => status.success(),
+            Self::Abort => status.signal() == Some(libc::SIGABRT),
+        }
+    }
 }
 
 impl fmt::Display for Kind {
@@ -119,6 +128,8 @@ impl fmt::Display for Phase {
 pub struct Plan {
     /// How many.
     pub ends: usize,
+    /// At least so many in each phase, and one of each kind; half as many ends more as were asked for may be spent on that.
+    pub least: usize,
     /// In these phases, in turn.
     pub phases: Vec<Phase>,
     /// Of these kinds, in turn.
@@ -131,14 +142,14 @@ pub struct Plan {
 
 impl Plan {
     /// Every kind in every phase.
-    pub fn kills(ends: usize, seed: u64) -> Self {
-        Self { ends, phases: Phase::ALL.to_vec(), kinds: Kind::ALL.to_vec(), builds: vec![crate::driver::program("csi-node")], seed }
+    pub fn kills(ends: usize, least: usize, seed: u64) -> Self {
+        Self { ends, least, phases: Phase::ALL.to_vec(), kinds: Kind::ALL.to_vec(), builds: vec![crate::driver::program("csi-node")], seed }
     }
 
     /// Upgrades: this build is replaced by that one, that one by this one, and so on.
     pub fn upgrades(ends: usize, other: PathBuf, seed: u64) -> Self {
         let builds = vec![crate::driver::program("csi-node"), other];
-        Self { ends, phases: vec![Phase::Normal], kinds: vec![Kind::Term], builds, seed }
+        Self { ends, least: 0, phases: vec![Phase::Normal], kinds: vec![Kind::Term], builds, seed }
     }
 
     /// The planned phases and kinds, without end; each phase meets each kind.
@@ -170,7 +181,7 @@ mod tests {
 
     #[test]
     fn each_phase_meets_each_kind() {
-        let plan = Plan { ends: 48, phases: Phase::ALL.to_vec(), kinds: Kind::ALL.to_vec(), builds: Vec::new(), seed: 1 };
+        let plan = Plan { ends: 48, least: 0, phases: Phase::ALL.to_vec(), kinds: Kind::ALL.to_vec(), builds: Vec::new(), seed: 1 };
         let met: BTreeSet<_> = plan.steps().take(plan.ends).collect();
         assert_eq!(met.len(), 48);
     }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, time::Duration};
 
-use super::{Kind, Phase};
+use super::{Kind, Phase, Plan};
 
 /// One end of csi-node.
 #[derive(Clone, Debug)]
@@ -22,6 +22,8 @@ pub struct End {
 pub struct Report {
     /// The phases that were planned.
     pub phases: Vec<Phase>,
+    /// What was planned and did not come about.
+    pub missing: Option<(Phase, Kind)>,
     /// Each end.
     pub ends: Vec<End>,
     /// Errors that a user of a volume saw.
@@ -45,6 +47,15 @@ impl Report {
     /// How many ends hit this phase.
     pub fn hits(&self, phase: Phase) -> usize {
         self.ends.iter().filter(|end| end.phases.contains(&phase)).count()
+    }
+
+    /// What the plan wants and did not come about.
+    pub(super) fn wanting(&self, plan: &Plan) -> Option<(Phase, Kind)> {
+        let hits = |phase: Phase, kind: Kind| self.ends.iter().filter(|end| end.kind == kind && end.phases.contains(&phase)).count();
+        plan.phases.iter().filter(|_| plan.least > 0).find_map(|phase| {
+            let rarest = plan.kinds.iter().min_by_key(|kind| hits(*phase, **kind))?;
+            (self.hits(*phase) < plan.least || hits(*phase, *rarest) == 0).then_some((*phase, *rarest))
+        })
     }
 
     /// What this measures of the ends that it is about, sorted; none under a hung disk.
@@ -118,6 +129,21 @@ mod tests {
         let values: Vec<_> = (1..=100).map(Duration::from_millis).collect();
         assert_eq!([0.5, 0.99, 1.0].map(|share| quantile(&values, share)), [50, 99, 100]);
         assert_eq!(quantile(&[], 0.5), 0);
+    }
+
+    #[test]
+    fn a_phase_that_too_few_ends_hit_or_a_kind_did_not_is_missing() {
+        let plan = Plan { kinds: vec![Kind::Kill, Kind::Term], phases: vec![Phase::Normal, Phase::Mkfs], ..Plan::kills(9, 2, 1) };
+        let mut report = Report::default();
+        let mut end = |phases: &[Phase], kind| {
+            report.ends.push(End { kind, phases: phases.to_vec(), stall: Duration::ZERO, answered: None });
+            report.wanting(&plan)
+        };
+        assert_eq!(end(&[Phase::Normal], Kind::Kill), Some((Phase::Normal, Kind::Term)));
+        assert_eq!(end(&[Phase::Normal, Phase::Mkfs], Kind::Term), Some((Phase::Mkfs, Kind::Kill)));
+        assert_eq!(end(&[Phase::Mkfs], Kind::Term), Some((Phase::Mkfs, Kind::Kill)), "twice, but never so");
+        assert_eq!(end(&[Phase::Mkfs], Kind::Kill), None);
+        assert_eq!(Report::default().wanting(&Plan { least: 0, ..plan }), None);
     }
 
     #[test]

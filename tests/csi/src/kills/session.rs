@@ -25,6 +25,7 @@ use crate::{
     client::Place,
     driver::{Driver, until},
     lab::{Lab, alone, text},
+    load,
     memory::MemoryGroup,
 };
 
@@ -41,6 +42,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const CALM: Duration = Duration::from_millis(400);
 /// The disk that hangs and the one that fails.
 const DISK: usize = 1;
+/// What is in the page cache when a volume is unstaged.
+static DIRTY: [u8; 8 << 20] = [7; 8 << 20];
 
 struct Session {
     driver: Driver,
@@ -103,12 +106,19 @@ pub async fn run(mut plan: Plan) -> Report {
 
     let loads = Loads::start(&session.lab, &session.used, &session.seen);
     until("every load at work", || async { (session.seen.all_at_work() || session.has_errors()).then_some(()) }).await;
-    session.healthy().await;
+    session.healthy(None).await;
     let mut steps = session.plan.steps();
     while session.report.ends.len() < session.plan.ends && !session.has_errors() {
         let (phase, kind) = steps.next().expect("it has no end");
         session.one(phase, kind).await;
     }
+    // What did not come about when it was its turn.
+    let most = session.plan.ends * 3 / 2;
+    while session.report.ends.len() < most && !session.has_errors() {
+        let Some((phase, kind)) = session.report.wanting(&session.plan) else { break };
+        session.one(phase, kind).await;
+    }
+    session.report.missing = session.report.wanting(&session.plan);
     loads.end();
     session.judge().await
 }
@@ -151,6 +161,17 @@ impl Session {
         until("a node that is ready", || async { self.driver.client.node_ready().await.then_some(()) }).await;
     }
 
+    async fn uid(&self, place: &Place) -> String {
+        self.driver.volume(&place.id).await.metadata.uid.expect("a stored object")
+    }
+
+    /// The copies of a volume that is not used.
+    async fn compare(&mut self, place: &Place) -> Vec<PathBuf> {
+        let copies = self.driver.copies(&place.id).await;
+        self.report.mismatched += differing(&copies[0], &copies[1]);
+        copies
+    }
+
     async fn create_volumes(&mut self) {
         for (place, mebibytes) in self.used.all().into_iter().chain([&self.churn]).zip([640, 192, 400, 64]) {
             let volume = self.driver.client.create(&place.id, mebibytes * MIB, place.fs_type).await.expect("it is created");
@@ -158,21 +179,26 @@ impl Session {
         }
         for place in self.used.all() {
             place.up(&self.driver.client).await.expect("it is staged");
-            self.uids.push(self.driver.volume(&place.id).await.metadata.uid.expect("a stored object"));
+            self.uids.push(self.uid(place).await);
         }
         self.bring_up(&self.churn).await;
         self.take_down(&self.churn).await;
     }
 
     /// Until this csi-node says so, and the object: that may be its predecessor's word.
-    async fn healthy(&mut self) {
+    async fn healthy(&mut self, also: Option<&Place>) {
+        let places: Vec<Place> = self.used.all().into_iter().chain(also).cloned().collect();
+        let mut uids = self.uids.clone();
+        if let Some(place) = also {
+            uids.push(self.uid(place).await);
+        }
         let deadline = Instant::now() + 3 * PATIENCE;
         let mut since = None;
         while since.is_none_or(|since: Instant| since.elapsed() < CALM) {
             tokio::time::sleep(Duration::from_millis(50)).await;
             self.log.read();
-            let mut well = self.log.is_calm(self.uids.iter());
-            for place in self.used.all() {
+            let mut well = self.log.is_calm(uids.iter());
+            for place in &places {
                 let status = self.driver.volume(&place.id).await.status.unwrap_or_default();
                 well &= status.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.reason == "Healthy");
             }
@@ -239,7 +265,7 @@ impl Session {
             Phase::Unstage => {
                 let place = self.churn.clone();
                 self.bring_up(&place).await;
-                fs::write(place.target.join("dirty"), vec![7; 8 << 20]).expect("the volume works");
+                fs::write(place.target.join("dirty"), DIRTY).expect("the volume works");
                 self.disks_are(SLOW);
                 let (client, of) = (self.driver.client.clone(), place.clone());
                 call = Some((place, false, tokio::spawn(async move { of.down(&client).await })));
@@ -258,15 +284,22 @@ impl Session {
         self.ready().await;
         if let Some((place, up, call)) = call {
             drop(call.await);
-            if up {
-                self.bring_up(&place).await;
+            if !up {
+                self.take_down(&place).await;
             }
+            self.bring_up(&place).await;
+            if phase == Phase::Unstage {
+                let found = fs::read(place.target.join("dirty")).expect("the volume works");
+                self.report.mismatched += differences(&found, &DIRTY);
+            }
+            self.healthy(Some(&place)).await;
             self.take_down(&place).await;
+            self.compare(&place).await;
             if phase == Phase::Mkfs {
                 self.driver.client.delete(&place.id).await.expect("it is deleted");
             }
         }
-        self.healthy().await;
+        self.healthy(None).await;
     }
 
     fn stage(&self, place: &Place) -> Call {
@@ -315,11 +348,12 @@ impl Session {
             tokio::time::sleep(Duration::from_millis(1000 + self.random(1500))).await;
             drop(frozen);
         }
-        if !ends(&mut node, 3 * PATIENCE) {
+        let Some(status) = ends(&mut node, 3 * PATIENCE) else {
             panic!("csi-node does not end:\n{}\nand its successor:\n{}", threads(node.id()), threads(self.driver.node_id()));
-        }
+        };
+        assert!(kind.ended_so(status), "{kind}: csi-node's end was another one: {status}");
         if let Some(mut hog) = hog {
-            assert!(ends(&mut hog, 3 * PATIENCE), "who took the memory does not end:\n{}", threads(hog.id()));
+            assert!(ends(&mut hog, 3 * PATIENCE).is_some(), "who took the memory does not end:\n{}", threads(hog.id()));
         }
         if kind == Kind::Term {
             over = Instant::now();
@@ -356,14 +390,18 @@ impl Session {
         self.report.errors = errors.lock().expect("no holder panics").clone();
         self.report.mismatched = mismatched.load(Ordering::Relaxed);
         self.report.commits = records + rows;
-        for place in self.used.all() {
+        // What fio wrote last it has not read.
+        if !load::verified_on_device(&self.used.block.target) {
+            self.report.errors.push("fio: something is not what was written last".into());
+        }
+        let used = self.used.clone();
+        for place in used.all() {
             self.take_down(place).await;
-            let copies = self.driver.copies(&place.id).await;
-            self.report.mismatched += differing(&copies[0], &copies[1]);
+            let copies = self.compare(place).await;
             for copy in &copies {
-                if place.id == self.used.files.id {
+                if place.id == used.files.id {
                     self.report.lost += alone(&self.lab, copy, "ext4", |dir| loads::lost(dir, records));
-                } else if place.id == self.used.database.id {
+                } else if place.id == used.database.id {
                     let lost = postgres::lost(copy, "xfs", &self.lab.path("alone"), rows);
                     self.report.lost += lost.unwrap_or_else(|error| {
                         self.report.errors.push(format!("PostgreSQL on one copy: {error}"));
@@ -399,6 +437,12 @@ impl Drop for Session {
 
 fn said(result: Result<(), Status>) -> Option<()> {
     result.inspect_err(|error| println!("{}: {}", error.code(), error.message())).ok()
+}
+
+/// How many bytes are not as they should be.
+fn differences(found: &[u8], wanted: &[u8]) -> u64 {
+    let differ = found.iter().zip(wanted).filter(|(is, was)| is != was).count();
+    (differ + found.len().abs_diff(wanted.len())) as u64
 }
 
 /// How many bytes differ, says `cmp`, after the page cache was dropped.

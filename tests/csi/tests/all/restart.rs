@@ -11,7 +11,7 @@ use lockstep_csi_tests::{
     driver::{Driver, until},
     lab::{Lab, text},
     load::{self, Direct},
-    memory::kib,
+    memory::{NODE_MIB, VOLUME_MIB, kib},
 };
 use lockstep_native::succeeds;
 
@@ -80,6 +80,8 @@ async fn fifty_volumes_under_load_are_all_served_on_by_the_next_csi_node() {
         each(&driver, none),
         none / 1024
     );
+    let peak = kib(driver.node_id(), "status", "VmHWM");
+    assert!(peak <= (NODE_MIB + VOLUMES as u64 * VOLUME_MIB) << 10, "{peak} KiB");
     for place in &places {
         place.down(&driver.client).await.unwrap();
         driver.assert_copies_identical(&place.id).await;

@@ -14,7 +14,7 @@ use lockstep_csi_tests::{
     driver::Driver,
     lab::{Lab, text},
     load,
-    memory::{MemoryGroup, kib},
+    memory::{MemoryGroup, NODE_MIB, VOLUME_MIB, kib},
 };
 use lockstep_native::run;
 use tonic::Code;
@@ -172,10 +172,6 @@ fn ends_well(mut child: Child, by: Instant, again: impl Fn() -> Child) {
         child = again();
     }
 }
-
-/// What the README promises: so much for csi-node with its two threads, and so much for each volume.
-const NODE_MIB: u64 = 180;
-const VOLUME_MIB: u64 = 3;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn writers_with_too_little_memory_and_csi_node_within_its_bound_do_not_wait_for_each_other() {

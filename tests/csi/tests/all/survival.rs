@@ -196,6 +196,15 @@ fn numbers_until_an_error(path: &Path) -> std::thread::JoinHandle<(u64, std::io:
     })
 }
 
+fn open_files(process: u32) -> Vec<PathBuf> {
+    let dir = fs::read_dir(format!("/proc/{process}/fd")).unwrap();
+    dir.flatten().filter_map(|file| fs::read_link(file.path()).ok()).collect()
+}
+
+fn is_on_a_disk(path: &Path) -> bool {
+    path.iter().any(|part| part == "disks")
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_holder_dies_alone_unnoticed_and_with_csi_node_io_ends_with_an_error_and_nothing_that_was_fsynced_is_lost() {
     let lab = Lab::new(2, 1500);
@@ -223,7 +232,11 @@ async fn the_holder_dies_alone_unnoticed_and_with_csi_node_io_ends_with_an_error
     first_write(&block, 1);
     assert!(!writer.is_finished(), "somebody noticed: {:?}", writer.join());
 
-    // Both.
+    // Both. A holder has a part in the volumes' connections, and none in their disks.
+    let holds = open_files(driver.holder_id());
+    assert_eq!(holds.iter().filter(|path| path.ends_with("dev/fuse")).count(), 2, "{holds:?}");
+    assert!(!holds.iter().any(|path| is_on_a_disk(path)), "{holds:?}");
+    assert!(open_files(driver.node_id()).iter().any(|path| is_on_a_disk(path)), "legs are somewhere else: this shows nothing");
     driver.kill_holder();
     driver.kill_node();
     let killed = Instant::now();
