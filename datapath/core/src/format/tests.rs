@@ -157,3 +157,16 @@ fn a_short_or_empty_meta_is_damaged_not_a_panic() {
         assert_eq!(bad_blocks(&vec![0; len], VOLUME, 1), None);
     }
 }
+
+#[test]
+fn a_page_that_is_written_is_named_by_its_place() {
+    let blank = || Box::new([0; 4096]);
+    let page = encode_bitmap(VOLUME, 1, &[0b101, 0, 0xf0]);
+    for slot in 0..2 {
+        assert_eq!(MetaPage::of(u64::from(slot) * 4096, &blank()), MetaPage::Superblock);
+        assert_eq!(MetaPage::of(bad_blocks_offset(slot), &blank()), MetaPage::BadBlocks);
+        for number in [0, 1, 2, 7] {
+            assert_eq!(MetaPage::of(bitmap_offset(number, slot), &page), MetaPage::Bitmap { page: number, dirty: 6 });
+        }
+    }
+}
