@@ -113,6 +113,20 @@ fn a_read_that_waited_while_another_write_was_issued_is_read_again_too() {
 }
 
 #[test]
+fn a_read_waits_for_a_write_that_was_issued_before_other_reads_were_let_by() {
+    let mut lock = RangeLock::new();
+    let mut woken = vec![];
+    assert!(lock.acquire(1, range(0, 2), Class::User));
+    assert!(!lock.acquire(2, range(0, 1), Class::Read));
+    assert!(lock.acquire(3, range(4, 6), Class::User));
+    lock.let_reads_by(1, &mut woken);
+    assert!(!lock.acquire(4, range(4, 5), Class::Read));
+    lock.release(3, &mut woken);
+    assert_eq!(woken, [2, 4]);
+    lock.check_invariants();
+}
+
+#[test]
 #[should_panic(expected = "range lock")]
 fn a_count_that_is_not_what_the_table_says_is_noticed() {
     let mut lock = RangeLock::new();
