@@ -170,3 +170,12 @@ fn a_page_that_is_written_is_named_by_its_place() {
         }
     }
 }
+
+#[test]
+fn who_a_leg_is_says_whether_its_volume_was_forced_and_takes_no_other_flag_for_that() {
+    for (flags, forced) in [(0, false), (FLAG_FORCED, true), (!FLAG_FORCED & 0xff, false), (0xff, true)] {
+        let bytes = meta(&Superblock { flags, ..first(VOLUME, LEGS, LEGS[1], 1234) });
+        let summary = peek(&bytes);
+        assert_eq!(summary.map(|summary| summary.forced), Ok(forced), "{flags:#x}");
+    }
+}
