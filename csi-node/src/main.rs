@@ -111,7 +111,9 @@ fn main() -> anyhow::Result<()> {
     );
     let config = Config::read(&config)?;
     // First of all: it says when the csi-node before this one is gone.
-    let holder = fuse_holder.as_deref().map(find_holder).transpose()?;
+    let hello = |path: &Path| Holder::connect(path, concat!("csi-node ", env!("CARGO_PKG_VERSION")), HANDOVER);
+    let holder = fuse_holder.as_deref().map(hello).transpose()?;
+    say_what_a_restart_costs(holder.is_some());
     let before_is_dying = holder.as_ref().is_some_and(|holder| holder.before_is_dying());
     let state = Arc::new(StateDir::open(&state_dir, before_is_dying)?);
     mounts::must_reach_the_host(&state.run())?;
@@ -134,16 +136,17 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Says hello to the FUSE holder, and plainly what volumes have of it.
-fn find_holder(path: &Path) -> anyhow::Result<Arc<Holder>> {
-    let holder = Holder::connect(path, concat!("csi-node ", env!("CARGO_PKG_VERSION")), HANDOVER)?;
-    if !lockstep_datapath::kernel_can_resend() {
-        warn!(
-            "this kernel is older than 6.9 and cannot send requests again: what is under way when csi-node ends is lost, and the users of its \
-             volumes get I/O errors"
-        );
-    }
-    Ok(holder)
+/// Says plainly what a restart of csi-node costs, where it costs anything.
+fn say_what_a_restart_costs(has_holder: bool) {
+    let why = match (lockstep_datapath::kernel_can_resend(), has_holder) {
+        (true, true) => return,
+        (true, false) => "there is no --fuse-holder",
+        (false, _) => "this kernel is older than Linux 6.9 and cannot send again what was not answered, with a --fuse-holder or without",
+    };
+    warn!(
+        "{why}: whenever csi-node ends or restarts, the running pods of its volumes get I/O errors and must be restarted (deleted and made anew, so that their \
+         volumes are unstaged and staged again)"
+    );
 }
 
 /// Where the objects are.

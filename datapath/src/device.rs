@@ -37,7 +37,10 @@ fn mark(name: &str) -> String {
 
 /// Whether this kernel can send again what was not answered: Linux 6.9 and later. A connection says so itself only once it is there.
 pub fn kernel_can_resend() -> bool {
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    can_resend(&rustix::system::uname().release().to_string_lossy())
+}
+
+fn can_resend(release: &str) -> bool {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse::<u32>().unwrap_or(0));
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (6, 9)
 }
@@ -268,4 +271,17 @@ pub(crate) fn remove_leftovers(run_dir: &Path, name: &str) -> Result<(), Error> 
         }
         remove_file(&path)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_from_6_9_on_can_send_again_and_what_names_no_version_is_older() {
+        let can = ["6.9.0-rc1", "6.9", "6.10.3", "6.18.44-fc-v669", "7.0.0", "10.0"];
+        let cannot = ["5.15.0", "5.15.0-119-generic", "6.8.12", "6.8.0-90-generic", "2.6.78", "6", "v6.9", "garbage", ""];
+        assert_eq!(can.map(can_resend), [true; 6]);
+        assert_eq!(cannot.map(can_resend), [false; 9]);
+    }
 }

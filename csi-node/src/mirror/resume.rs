@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lockstep_datapath::VolumeSpec;
+use lockstep_datapath::{VolumeSpec, kernel_can_resend};
 use lockstep_proto::objects::MirrorVolume;
 use lockstep_store::Store;
 use tracing::{Instrument, error, info, warn};
@@ -92,6 +92,10 @@ impl<S: Store> Node<S> {
         let failed = loop {
             if !held || staged.device.is_none() {
                 break None;
+            }
+            // What its users wait for was asked of a process that is gone, and is never asked again: no leg need be looked at.
+            if !kernel_can_resend() {
+                break Some(Error::Precondition("this kernel is older than Linux 6.9 and cannot send again what was not answered".into()));
             }
             match self.resume(staged).await {
                 Ok(()) => return,

@@ -205,6 +205,13 @@ fn is_on_a_disk(path: &Path) -> bool {
     path.iter().any(|part| part == "disks")
 }
 
+/// What `numbers_until_an_error` synced.
+fn assert_all_synced_are_there(path: &Path, synced: u64) {
+    let found = fs::read(path).unwrap();
+    let found: Vec<u64> = found.chunks_exact(8).map(|number| u64::from_le_bytes(number.try_into().unwrap())).collect();
+    assert!(found.len() as u64 >= synced && found.iter().zip(1..=synced).all(|(found, wanted)| *found == wanted), "{synced} were synced");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_holder_dies_alone_unnoticed_and_with_csi_node_io_ends_with_an_error_and_nothing_that_was_fsynced_is_lost() {
     let lab = Lab::new(2, 1500);
@@ -255,12 +262,55 @@ async fn the_holder_dies_alone_unnoticed_and_with_csi_node_io_ends_with_an_error
         place.down(&driver.client).await.unwrap();
         place.up(&driver.client).await.unwrap();
     }
-    let found = fs::read(&numbers).unwrap();
-    let found: Vec<u64> = found.chunks_exact(8).map(|number| u64::from_le_bytes(number.try_into().unwrap())).collect();
-    assert!(found.len() as u64 >= synced && found.iter().zip(1..=synced).all(|(found, wanted)| *found == wanted), "{synced} were synced");
+    assert_all_synced_are_there(&numbers, synced);
     for place in [&place, &block] {
         copies_are_equal(&driver, place).await;
     }
     assert_eq!(lab.left_over().iter().filter(|left| left.contains("staging")).count(), 0);
+    driver.stop();
+}
+
+/// `uname` says 2.6 to csi-node: what that kernel cannot do is known by its version alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn on_an_old_kernel_a_restart_ends_devices_at_once_as_csi_node_says_and_staging_again_brings_the_files_back() {
+    let lab = Lab::new(2, 1500);
+    let mut driver = Driver::start(&lab).await;
+    driver.start_node_by(&["setarch", "--uname-2.6"]);
+    driver.use_holder().await;
+    let said = |what: &str| fs::read_to_string(driver.node_log()).unwrap().contains(what);
+    assert!(said("older than Linux 6.9") && said("the running pods of its volumes get I/O errors and must be restarted"));
+    let place = driver.place("files", 256 * MIB, Some("ext4")).await;
+    let block = driver.place("block", 64 * MIB, None).await;
+    for place in [&place, &block] {
+        place.up(&driver.client).await.unwrap();
+    }
+    let numbers = place.target.join("numbers");
+    let writer = numbers_until_an_error(&numbers);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    driver.kill_node();
+    let mut device = load::Direct::open(&block.target).unwrap();
+    let waiting = std::thread::spawn(move || device.write(0));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(!waiting.is_finished() && !writer.is_finished(), "nobody waits: this shows nothing");
+    driver.start_node().await;
+    let ready = Instant::now();
+    until("an error", || async { (waiting.is_finished() && writer.is_finished()).then_some(()) }).await;
+    let took = ready.elapsed();
+    println!("figure: users of a volume on an old kernel got an error {took:.1?} after the next csi-node was ready");
+    assert!(took < Duration::from_secs(5), "they hung for {took:?}");
+    assert_eq!(waiting.join().unwrap().unwrap_err().raw_os_error(), Some(libc::EIO));
+    let (synced, error) = writer.join().unwrap();
+    assert!(matches!(error.raw_os_error(), Some(libc::EIO | libc::EROFS)), "{error}");
+    assert!(synced > 0, "nothing was synced: this shows nothing");
+
+    for place in [&place, &block] {
+        place.down(&driver.client).await.unwrap();
+        place.up(&driver.client).await.unwrap();
+    }
+    assert_all_synced_are_there(&numbers, synced);
+    first_write(&block, 0);
+    for place in [&place, &block] {
+        copies_are_equal(&driver, place).await;
+    }
     driver.stop();
 }
