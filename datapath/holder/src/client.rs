@@ -16,12 +16,17 @@ use rustix::{
 };
 use tracing::{info, warn};
 
-use crate::protocol::{DYING, Kind, Packet, Status, VERSION, receive, send};
+use crate::protocol::{DYING, Kind, NoReply, Packet, Status, VERSION, receive, send};
 
 /// How often a holder that is busy or away is asked again.
 const AGAIN: Duration = Duration::from_millis(20);
 /// How long a holder may take for an answer; it does no work that could wait.
 const ANSWER: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
+
+/// Which of the two is to be upgraded.
+fn older(theirs: u8) -> &'static str {
+    if theirs > VERSION { "csi-node" } else { "fuse-holder" }
+}
 
 /// Why the holder did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -38,7 +43,10 @@ pub enum Error {
     #[error("the FUSE holder at {0} still serves another csi-node: end that one first")]
     Busy(PathBuf),
     /// Holder and csi-node do not understand each other.
-    #[error("the FUSE holder at {socket} speaks version {theirs} of its protocol and this csi-node version {VERSION}: nothing was touched")]
+    #[error(
+        "the FUSE holder at {socket} speaks version {theirs} of its protocol and this csi-node version {VERSION}: nothing was touched; upgrade {}",
+        older(*theirs)
+    )]
     Version {
         /// Where it is.
         socket: PathBuf,
@@ -126,7 +134,7 @@ impl Holder {
     pub fn get(&self, name: &str) -> Result<Option<OwnedFd>, Error> {
         let mut state = self.lock();
         let mut packet = self.ask(&mut state, Kind::Get, name, None)?;
-        if matches!(packet.reply(), Some((_, Status::NotFound, _))) {
+        if matches!(packet.reply(), Ok((Status::NotFound, _))) {
             return Ok(None);
         }
         self.done(&packet, name)?;
@@ -160,7 +168,7 @@ impl Holder {
     pub fn list(&self) -> Result<Vec<String>, Error> {
         let packet = self.ask(&mut self.lock(), Kind::List, "", None)?;
         self.done(&packet, "its list")?;
-        Ok(packet.reply().map_or_else(Vec::new, |(.., text)| text.lines().map(str::to_owned).collect()))
+        Ok(packet.reply().map_or_else(|_| Vec::new(), |(_, text)| text.lines().map(str::to_owned).collect()))
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -179,10 +187,10 @@ impl Holder {
 
     fn done(&self, packet: &Packet, what: &str) -> Result<(), Error> {
         match packet.reply() {
-            Some((_, Status::Done, _)) => Ok(()),
-            Some((theirs, Status::Version, _)) => Err(Error::Version { socket: self.path.clone(), theirs }),
-            Some((_, status, _)) => Err(self.refused(what, &format!("{status:?}"))),
-            None => Err(self.refused(what, "it was not understood")),
+            Ok((Status::Done, _)) => Ok(()),
+            Ok((status, _)) => Err(self.refused(what, &format!("{status:?}"))),
+            Err(NoReply::Version(theirs)) => Err(Error::Version { socket: self.path.clone(), theirs }),
+            Err(NoReply::Malformed) => Err(self.refused(what, "it was not understood")),
         }
     }
 
@@ -225,10 +233,10 @@ fn say_hello(path: &Path, who: &str) -> Result<(OwnedFd, bool), Error> {
     connect(&socket, &address).map_err(|error| failed(error.into()))?;
     let packet = exchange(&socket, Kind::Hello, who, None).map_err(failed)?;
     match packet.reply() {
-        Some((_, Status::Done, before)) => Ok((socket, before == DYING)),
-        Some((_, Status::Busy, _)) => Err(Error::Busy(path.to_owned())),
-        Some((theirs, ..)) if theirs != VERSION => Err(Error::Version { socket: path.to_owned(), theirs }),
-        _ => Err(failed(io::ErrorKind::InvalidData.into())),
+        Ok((Status::Done, before)) => Ok((socket, before == DYING)),
+        Ok((Status::Busy, _)) => Err(Error::Busy(path.to_owned())),
+        Err(NoReply::Version(theirs)) => Err(Error::Version { socket: path.to_owned(), theirs }),
+        Ok(_) | Err(NoReply::Malformed) => Err(failed(io::ErrorKind::InvalidData.into())),
     }
 }
 

@@ -80,6 +80,15 @@ pub(crate) struct Packet {
     pub(crate) fd: Option<OwnedFd>,
 }
 
+/// Why a packet is no reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NoReply {
+    /// The other side speaks this version of the protocol.
+    Version(u8),
+    /// It cannot be understood.
+    Malformed,
+}
+
 /// A request.
 #[derive(Debug)]
 pub(crate) struct Request {
@@ -102,10 +111,14 @@ impl Packet {
         Ok(Request { kind, name: name.to_owned(), fd: self.fd })
     }
 
-    /// Reads it as a reply: the other's version, its status, its text.
-    pub(crate) fn reply(&self) -> Option<(u8, Status, &str)> {
-        let [version, status, text @ ..] = self.bytes.as_slice() else { return None };
-        Some((*version, Status::of(*status)?, std::str::from_utf8(text).ok()?))
+    /// Reads it as a reply: its status, its text. Of another version nothing but that is read: what else it says may mean anything.
+    pub(crate) fn reply(&self) -> std::result::Result<(Status, &str), NoReply> {
+        let (version, rest) = self.bytes.split_first().ok_or(NoReply::Malformed)?;
+        if *version != VERSION {
+            return Err(NoReply::Version(*version));
+        }
+        let (status, text) = rest.split_first().ok_or(NoReply::Malformed)?;
+        Status::of(*status).zip(std::str::from_utf8(text).ok()).ok_or(NoReply::Malformed)
     }
 }
 
@@ -163,5 +176,17 @@ mod tests {
         assert_eq!(packet(&long).request().unwrap_err(), Status::Malformed);
         long.pop();
         assert_eq!(packet(&long).request().unwrap().name.len(), MAX_NAME);
+    }
+    #[test]
+    fn of_another_version_only_the_version_is_read() {
+        let others =
+            [&[VERSION + 1][..], &[VERSION + 1, 0], &[VERSION + 1, 2], &[VERSION + 1, 4], &[VERSION + 1, 99], &[VERSION + 1, 0, 0xff]];
+        for other in others {
+            assert_eq!(packet(other).reply(), Err(NoReply::Version(VERSION + 1)), "{other:?}");
+        }
+        for bad in [&[][..], &[VERSION], &[VERSION, 99], &[VERSION, 0, 0xff]] {
+            assert_eq!(packet(bad).reply(), Err(NoReply::Malformed), "{bad:?}");
+        }
+        assert_eq!(packet(&[VERSION, 0, b'a']).reply(), Ok((Status::Done, "a")));
     }
 }

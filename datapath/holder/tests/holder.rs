@@ -11,9 +11,10 @@ use std::{
 };
 
 use lockstep_fuse_holder::{Error, Holder, Server, VERSION, bind};
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv, send, socket_with};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept, connect, recv, send, socket_with};
 
 const PATIENCE: Duration = Duration::from_secs(10);
+const LATER: u8 = VERSION + 1;
 
 fn fuse() -> OwnedFd {
     OpenOptions::new().read(true).write(true).open("/dev/fuse").expect("/dev/fuse").into()
@@ -80,6 +81,58 @@ fn another_version_is_told_this_one_and_nothing_is_touched() {
     let (len, _) = recv(&socket, &mut answer, RecvFlags::empty()).unwrap();
     assert_eq!(&answer[..len], &[VERSION, 2]);
     assert_eq!(recv(&socket, &mut answer, RecvFlags::empty()).unwrap().0, 0, "it is turned away");
+}
+
+/// A holder that gives one client these answers, one after the other, and the last one to whatever else it asks.
+fn answer_with(path: &Path, answers: &'static [&'static [u8]]) {
+    let listener = bind(path).expect("a socket");
+    thread::spawn(move || {
+        while let Ok(client) = accept(&listener) {
+            let mut answers = answers.iter();
+            let mut answer = answers.next();
+            while let Some(bytes) = answer
+                && recv(&client, &mut [0; 256], RecvFlags::empty()).is_ok_and(|(len, _)| len > 0)
+            {
+                send(&client, bytes, SendFlags::NOSIGNAL).expect("the client is there");
+                answer = answers.next().or(answer);
+            }
+        }
+    });
+}
+
+/// What the other bytes of its answers mean, nobody knows who does not know its version.
+#[test]
+fn a_holder_of_another_version_is_refused_at_once_whatever_else_it_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let others: [&'static [&'static [u8]]; 5] = [&[&[LATER, 0]], &[&[LATER, 2]], &[&[LATER, 4]], &[&[LATER, 99]], &[&[LATER, 0, 0xff]]];
+    for (number, answers) in others.into_iter().enumerate() {
+        let path = dir.path().join(number.to_string());
+        answer_with(&path, answers);
+        let start = Instant::now();
+        let refused = Holder::connect(&path, "test", PATIENCE).expect_err("it was accepted");
+        assert!(matches!(refused, Error::Version { theirs: LATER, .. }), "{answers:?}: {refused}");
+        assert!(refused.to_string().ends_with("upgrade csi-node"), "{refused}");
+        assert!(start.elapsed() < PATIENCE / 2, "{answers:?}: it was asked again and again");
+    }
+    let path = dir.path().join("older");
+    answer_with(&path, &[&[VERSION - 1, 0]]);
+    let refused = Holder::connect(&path, "test", PATIENCE).expect_err("it was accepted");
+    assert!(refused.to_string().ends_with("upgrade fuse-holder"), "{refused}");
+}
+
+#[test]
+fn no_later_answer_of_another_version_is_taken_for_one_either() {
+    const HELLO: &[u8] = &[VERSION, 0];
+    let dir = tempfile::tempdir().unwrap();
+    let later: [&'static [&'static [u8]]; 4] =
+        [&[HELLO, &[LATER, 0]], &[HELLO, &[LATER, 1]], &[HELLO, &[LATER, 2]], &[HELLO, &[LATER, 99]]];
+    for (number, answers) in later.into_iter().enumerate() {
+        let path = dir.path().join(number.to_string());
+        answer_with(&path, answers);
+        let holder = Holder::connect(&path, "test", PATIENCE).unwrap();
+        let asked = [holder.put("a", fuse()).err(), holder.get("a").err(), holder.remove("a").err(), holder.list().err()];
+        assert!(asked.iter().all(|error| matches!(error, Some(Error::Version { theirs: LATER, .. }))), "{answers:?}: {asked:?}");
+    }
 }
 
 #[test]

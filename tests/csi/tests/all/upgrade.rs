@@ -1,12 +1,17 @@
 //! csi-node is replaced under load by another build, that one by this one, and so on: LOCKSTEP_OTHER_NODE is that build's csi-node, as in `make soak`; without
 //! it the build replaces itself.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command},
+    time::{Duration, Instant},
+};
 
 use lockstep_csi_tests::{
     driver::{Driver, program, until},
     kills::{self, Plan},
-    lab::Lab,
+    lab::{Lab, text},
     load::Direct,
 };
 use tonic::Code;
@@ -109,6 +114,65 @@ async fn a_copy_of_a_later_format_is_refused_before_anything_is_touched() {
     }
     place.up(&driver.client).await.unwrap();
     assert_eq!(fs::read_to_string(place.target.join("f")).unwrap(), "x");
+    place.down(&driver.client).await.unwrap();
+    driver.assert_copies_identical(&place.id).await;
+    driver.stop();
+}
+
+/// Answers whatever it is asked so: two bytes, the version and the status.
+fn holder_of_a_later_version(socket: &Path, answer: &str) -> Child {
+    let script = r#"use Socket; socket(S, PF_UNIX, 5, 0); bind(S, sockaddr_un($ARGV[0])) or die; listen(S, 5);
+        while (accept(C, S)) { recv(C, $_, 256, 0); send(C, pack("H*", $ARGV[1]), 0) }"#;
+    Command::new("setpriv").args(["--pdeathsig", "KILL", "perl", "-e", script, text(socket), answer]).spawn().expect("perl")
+}
+
+/// The files in a directory and below it, and what is in them; of FUSE files, which nobody serves, only that they are there.
+fn contents(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(dir).unwrap().map(Result::unwrap) {
+        let path = entry.path();
+        if entry.file_type().unwrap().is_dir() {
+            all.extend(contents(&path));
+        } else {
+            let content = if path.parent().is_some_and(|dir| dir.ends_with("run")) { Vec::new() } else { fs::read(&path).unwrap() };
+            all.push((path, content));
+        }
+    }
+    all.sort();
+    all
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_holder_of_a_later_version_is_refused_at_once_before_anything_is_touched() {
+    let lab = Lab::new(2, 1200);
+    let mut driver = Driver::start(&lab).await;
+    driver.use_holder().await;
+    let place = driver.place("held", 64 << 20, None).await;
+    place.up(&driver.client).await.unwrap();
+    Direct::open(&place.target).unwrap().write(0).unwrap();
+    driver.kill_node();
+    let device = place.target.clone();
+    let waiting = std::thread::spawn(move || Direct::open(&device).unwrap().write(4096));
+    let state = driver.node_log().with_file_name("state");
+    let before = contents(&state);
+    let socket = driver.node_log().with_file_name("holder.sock");
+    let aside = socket.with_extension("aside");
+    fs::rename(&socket, &aside).unwrap();
+    for answer in ["0200", "0202", "0204", "0263"] {
+        let mut later = holder_of_a_later_version(&socket, answer);
+        until("its socket", || async { socket.exists().then_some(()) }).await;
+        let start = Instant::now();
+        let said = driver.start_node_in_vain();
+        assert!(said.contains("speaks version 2 of its protocol") && said.contains("upgrade csi-node"), "{answer}: {said}");
+        assert!(start.elapsed() < Duration::from_secs(10), "{answer}: it took {:?}", start.elapsed());
+        later.kill().and_then(|()| later.wait()).unwrap();
+        fs::remove_file(&socket).unwrap();
+    }
+    assert!(contents(&state) == before, "it was touched");
+    assert!(!waiting.is_finished(), "its users were given an answer");
+    fs::rename(&aside, &socket).unwrap();
+    driver.start_node().await;
+    waiting.join().unwrap().expect("with its own holder it serves on");
     place.down(&driver.client).await.unwrap();
     driver.assert_copies_identical(&place.id).await;
     driver.stop();
