@@ -116,6 +116,7 @@ fn main() -> anyhow::Result<()> {
     say_what_a_restart_costs(holder.is_some());
     let before_is_dying = holder.as_ref().is_some_and(|holder| holder.before_is_dying());
     let state = Arc::new(StateDir::open(&state_dir, before_is_dying)?);
+    mounts::say_if_the_host_cannot_be_seen();
     mounts::must_reach_the_host(&state.run())?;
     if before_is_dying {
         // It will never answer there.

@@ -16,6 +16,7 @@ use rustix::{
     mount::{MountFlags, UnmountFlags, mount_bind, mount_remount, unmount},
 };
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use crate::error::Error;
 
@@ -101,7 +102,7 @@ fn list_of(process: &str) -> io::Result<Vec<Mount>> {
 /// `Error::Precondition` if it would not be.
 pub fn must_reach_the_host(path: &Path) -> Result<(), Error> {
     let own = list().map_err(Error::io("reading the mounts"))?;
-    // A container that does not see the host's processes takes its own first one for the host's, and cannot tell.
+    // Without the host's processes it is its own first one that is taken for the host's: `say_if_the_host_cannot_be_seen`.
     let Ok(host) = list_of("1") else { return Ok(()) };
     let peers = holding(&own, path).and_then(|mount| mount.peers);
     let same_namespace = host.iter().any(|mount| own.first().is_some_and(|own| own.id == mount.id));
@@ -115,6 +116,25 @@ pub fn must_reach_the_host(path: &Path) -> Result<(), Error> {
          PrivateTmp, ProtectSystem and the like)",
         path.display()
     )))
+}
+
+/// The PID namespace that the kernel starts with: the number is part of its ABI.
+const HOSTS_PID_NAMESPACE: &str = "pid:[4026531836]";
+
+fn sees_the_host(pid_namespace: &Path) -> bool {
+    pid_namespace == Path::new(HOSTS_PID_NAMESPACE)
+}
+
+/// Warns where `must_reach_the_host` cannot know: in a PID namespace of its own. A machine may be such a namespace itself, so that is no error.
+pub fn say_if_the_host_cannot_be_seen() {
+    let Ok(namespace) = std::fs::read_link("/proc/self/ns/pid") else { return };
+    if !sees_the_host(&namespace) {
+        warn!(
+            namespace = %namespace.display(),
+            "csi-node is in another PID namespace than the host's first process: whether what it mounts reaches the host cannot be checked. In a pod, give it \
+             hostPID: true, as the chart does"
+        );
+    }
 }
 
 /// The mount that a path is on.
@@ -228,6 +248,14 @@ mod tests {
         let mounts: Vec<Mount> = lines.iter().filter_map(|line| parse(line)).collect();
         let found = |path: &str| holding(&mounts, Path::new(path)).unwrap().dev.1;
         assert_eq!([found("/m/x/y"), found("/m/xy"), found("/m"), found("/n")], [4, 3, 3, 1]);
+    }
+
+    #[test]
+    fn only_in_the_first_pid_namespace_the_host_is_seen() {
+        assert!(sees_the_host(Path::new("pid:[4026531836]")));
+        for other in ["pid:[4026532201]", "pid:[40265318360]", "pid:[402653183]", "mnt:[4026531836]", "4026531836", ""] {
+            assert!(!sees_the_host(Path::new(other)), "{other}");
+        }
     }
 
     #[test]
