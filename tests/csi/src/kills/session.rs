@@ -265,7 +265,7 @@ impl Session {
             Phase::Unstage => {
                 let place = self.churn.clone();
                 self.bring_up(&place).await;
-                fs::write(place.target.join("dirty"), DIRTY).expect("the volume works");
+                fs::write(place.target.join("dirty"), &DIRTY).expect("the volume works");
                 self.disks_are(SLOW);
                 let (client, of) = (self.driver.client.clone(), place.clone());
                 call = Some((place, false, tokio::spawn(async move { of.down(&client).await })));
