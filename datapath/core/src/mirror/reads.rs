@@ -4,8 +4,8 @@
 //! block by block, so that only a block that no leg can read fails. Where the legs may differ it goes block by block at once. What one leg could
 //! not read and the other could is repaired. A read that touches a bad block (`bad_blocks.rs`) asks no leg. When the leg that a resync copied
 //! from is lost, what others read there may be on its way to the leg that is left: reads wait for that copy, or they would see new, old, new
-//! (rule 21). For the same reason nothing is read there from the leg that is left before the record without the other one is durable: after a kill
-//! that one could be what is read again.
+//! (rule 21). For the same reason nothing is read there from the leg that is left before the record without the other one is durable, nor while it is
+//! not certain which leg is pinned: after a kill the other one could be what is read again.
 
 use alloc::vec::Vec;
 
@@ -51,7 +51,8 @@ impl Mirror {
             }
             return self.read_failed(id, out);
         };
-        if self.resync_lands_on(slot, piece) || (self.bitmap.unsynced(piece) && self.counts_until_out(slot.other())) {
+        let unsettled = self.counts_until_out(slot.other()) || self.pins_differ();
+        if self.resync_lands_on(slot, piece) || (self.bitmap.unsynced(piece) && unsettled) {
             return self.held_reads.push(id);
         }
         if let Some(read) = self.reads.get_mut(&id) {

@@ -71,10 +71,20 @@ impl Transition {
 }
 
 impl Mirror {
-    /// Whether this leg is on its way out and counts until a record says otherwise, and one will: the witness takes it, as far as is known.
+    /// Whether this leg is on its way out and counts until a record says otherwise, and one will.
     pub(super) fn counts_until_out(&self, slot: Slot) -> bool {
-        let given_up = self.read_only.is_some() || self.transition.as_ref().is_some_and(|transition| transition.tries >= WITNESS_TRIES);
-        self.legs[slot.index()].state == State::Leaving && !given_up
+        self.legs[slot.index()].state == State::Leaving && self.takes_records()
+    }
+
+    /// Whether a record that was tried, and does not hold, may pin another leg than the one that does, until that is said again, and it will be.
+    pub(super) fn pins_differ(&self) -> bool {
+        self.is_restating() && self.takes_records()
+    }
+
+    /// Whether the witness takes what is recorded, as far as is known.
+    fn takes_records(&self) -> bool {
+        let given_up = self.transition.as_ref().is_some_and(|transition| transition.tries >= WITNESS_TRIES);
+        !given_up && self.read_only.is_none()
     }
 
     /// Whether the last record that was tried may be on the disks, and does not hold.

@@ -11,7 +11,7 @@ use lockstep_sim::{Rng, World};
 
 use crate::{cut_off, in_flight_on, range, run_dry};
 
-const MOSTLY_B: Request = Request::WriteMostly { slot: Some(Slot::B), behind: true };
+pub(crate) const MOSTLY_B: Request = Request::WriteMostly { slot: Some(Slot::B), behind: true };
 
 /// B is write-mostly, writes may be behind on it, and the region of block 0 is dirty.
 fn behind_with(seed: u64, limits: Limits) -> World {
@@ -29,7 +29,7 @@ fn behind(seed: u64) -> World {
     behind_with(seed, Limits::default())
 }
 
-fn write_on(world: &World, slot: Slot, of: BlockRange) -> Option<IoId> {
+pub(crate) fn write_on(world: &World, slot: Slot, of: BlockRange) -> Option<IoId> {
     in_flight_on(world, slot, |op| matches!(op, LegOp::Write { range, .. } if *range == of))
 }
 
@@ -195,7 +195,7 @@ fn case_42_after_a_kill_or_a_power_cut_with_writes_behind_the_fast_leg_decides()
 }
 
 /// A world whose A was filled from B, so that the record pins B.
-fn pinned_to_b(seed: u64, missed: BlockRange) -> World {
+pub(crate) fn pinned_to_b(seed: u64, missed: BlockRange) -> World {
     let mut world = World::new(seed);
     world.settle();
     world.disks[0].dead = true;

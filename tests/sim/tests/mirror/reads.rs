@@ -1,12 +1,17 @@
 //! Reads beside writes (mirror rule 7).
 
 use lockstep_core::{
-    io::{LegOp, Notice, Request},
+    format,
+    io::{LegOp, Notice, Outcome, Request},
     units::{Errno, Slot},
 };
 use lockstep_sim::World;
 
-use crate::{answered, cut_off, range, warm};
+use crate::{
+    answered,
+    behind::{MOSTLY_B, pinned_to_b, write_on},
+    cut_off, range, run_dry, warm,
+};
 
 /// A read of [4, 6) beside a write of [4, 5) that came after it and is taken back, because one leg has no space for it. What the read saw
 /// must be what is there afterwards.
@@ -101,5 +106,59 @@ fn rule_21_where_the_legs_may_differ_a_read_in_a_stop_puts_on_the_pinned_leg_wha
         world.stuck.clear();
         answered(&mut world, &[stop]);
         assert_eq!(world.answers[&stop], Ok(()));
+    }
+}
+
+/// B is pinned, and a record that pins A did not come about: the legs have it, and the witness perhaps (`landed`; else it is lost later). What holds is
+/// being said again, and comes as far as the legs in the former case.
+fn pinned_by_one_record_of_two(seed: u64, landed: bool) -> World {
+    let mut world = pinned_to_b(seed, range(0, 8));
+    world.write(range(0, 1));
+    run_dry(&mut world);
+    world.witness_fails = 6;
+    world.command(MOSTLY_B);
+    while world.witness_fails > 0 {
+        assert!(world.step() || world.tick(), "it never ended");
+    }
+    let (record, _) = format::superblock(&world.disks[0].meta).expect("it is valid");
+    if landed {
+        let (_, slot) = format::witness(&world.witness).expect("it is valid");
+        world.witness[usize::from(1 - slot) * 4096..][..4096].copy_from_slice(format::encode_witness(&record).as_slice());
+        world.witness_fails = 1;
+        run_dry(&mut world);
+    } else {
+        world.stuck.extend(world.in_flight().into_iter().map(|(io, ..)| io));
+    }
+    assert_eq!((record.record.pin, landed || !world.stuck.is_empty()), (Slot::A, true));
+    world
+}
+
+#[test]
+fn rule_21_where_the_legs_may_differ_nothing_is_read_while_it_is_not_certain_which_leg_is_pinned() {
+    for (seed, landed) in (0..20).flat_map(|seed| [(seed, false), (seed, true)]) {
+        let mut world = pinned_by_one_record_of_two(seed, landed);
+        let write = world.write(range(20, 21));
+        for slot in Slot::BOTH {
+            let io = write_on(&world, slot, range(20, 21)).expect("it is issued");
+            world.end(io, Outcome::Failed(Errno::EIO));
+        }
+        assert_eq!(world.answers[&write], Err(Errno::EIO));
+        world.disks[1].durable.insert(20, 4711);
+        // The resync does not come there.
+        world.stuck.extend(world.in_flight().into_iter().map(|(io, ..)| io));
+        let read = world.read(range(20, 21));
+        run_dry(&mut world);
+        let early = world.answers.contains_key(&read);
+        while !world.answers.contains_key(&read) {
+            world.stuck.clear();
+            assert!(world.step() || world.tick(), "the read never ended");
+        }
+        let found = world.found(read);
+        assert_eq!(found, Some(4711));
+        if early && !landed {
+            world.witness = vec![0; 8192];
+        }
+        world.kill([true, true]).expect("both are IN");
+        assert_eq!(world.read_now(20).ok(), found, "seed {seed}: it was read already");
     }
 }
