@@ -265,6 +265,13 @@ impl Machine {
         self.history.exception(None);
     }
 
+    /// The same of a few blocks of the pinned leg.
+    pub(super) fn lose_blocks(&mut self, range: BlockRange) {
+        let behind = self.was_behind.iter().filter(|(block, _)| (range.start..range.end).contains(block)).copied().collect();
+        self.history.behind_lost(&behind);
+        self.history.exception(Some(range));
+    }
+
     /// Requests that were answered while a leg that counts is not done with them.
     pub(super) fn not_landed(&self) -> BTreeMap<Tag, BlockRange> {
         let mut behind = BTreeMap::new();

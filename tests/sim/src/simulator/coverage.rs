@@ -148,9 +148,10 @@ pub fn empty(state: State, kind: Kind, end: End) -> Option<Empty> {
             Forbidden('l', "it is done in memory: nothing of it can fail (rule 30)")
         }
         (State::Assembling, _, _) if !metadata => Forbidden('a', "nothing is served before the record is durable (rule 9)"),
-        (State::Resync, Kind::Witness, _) => {
-            Forbidden('i', "who counts does not change while both count, nor the pin while they may differ (rules 9, 21)")
-        }
+        (State::Resync, Kind::Witness, _) => Rare(
+            'i',
+            "rare: who counts does not change while both count, nor the pin while they may differ; what holds is said again (rules 9, 21)",
+        ),
         (State::Rebuild | State::FullRebuild, Kind::NextData, End::Gone) => Rare(
             'j',
             "rare: a scrub's search of a leg that was replaced ends late; the source is the only good copy, and the budget keeps it (rule 22)",

@@ -22,8 +22,8 @@
 //! - In a crash, both slots of bitmap pages go bad, on any disks: what they covered is dirty. When no list of bad blocks is valid, assembly must refuse.
 //! - The process stands still, for up to an hour, with I/O outstanding that did not hang before: nobody goes OUT.
 //! - The object's copy of the epoch lags, or is lost.
-//! - Where the operator asked for write-behind: what one leg alone had answered at a crash, and not flushed before, is lost with that leg; a flush
-//!   after the crash covers it when the legs are equal.
+//! - Where the operator asked for write-behind: what one leg alone had answered at a crash, and not flushed before, is lost with that leg, or with blocks of
+//!   it that cannot be read; a flush after the crash covers it when the legs are equal.
 //!
 //! Not simulated: the witness or a disk put back from an old copy; two disks lost at once; memory that changes.
 
