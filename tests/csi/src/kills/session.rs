@@ -43,7 +43,7 @@ const CALM: Duration = Duration::from_millis(400);
 /// The disk that hangs and the one that fails.
 const DISK: usize = 1;
 /// What is in the page cache when a volume is unstaged.
-static DIRTY: [u8; 8 << 20] = [7; 8 << 20];
+static DIRTY: &[u8] = &[7; 8 << 20];
 
 struct Session {
     driver: Driver,
@@ -265,7 +265,7 @@ impl Session {
             Phase::Unstage => {
                 let place = self.churn.clone();
                 self.bring_up(&place).await;
-                fs::write(place.target.join("dirty"), &DIRTY).expect("the volume works");
+                fs::write(place.target.join("dirty"), DIRTY).expect("the volume works");
                 self.disks_are(SLOW);
                 let (client, of) = (self.driver.client.clone(), place.clone());
                 call = Some((place, false, tokio::spawn(async move { of.down(&client).await })));
@@ -290,7 +290,7 @@ impl Session {
             self.bring_up(&place).await;
             if phase == Phase::Unstage {
                 let found = fs::read(place.target.join("dirty")).expect("the volume works");
-                self.report.mismatched += differences(&found, &DIRTY);
+                self.report.mismatched += differences(&found, DIRTY);
             }
             self.healthy(Some(&place)).await;
             self.take_down(&place).await;
