@@ -177,6 +177,7 @@ mod tests {
         long.pop();
         assert_eq!(packet(&long).request().unwrap().name.len(), MAX_NAME);
     }
+
     #[test]
     fn of_another_version_only_the_version_is_read() {
         let others =

@@ -15,6 +15,7 @@ use super::{
     machine::{Asked, Machine, Op},
     script::Fault,
 };
+use crate::oracles::history::Covered;
 
 impl Machine {
     /// Whether the leg in a slot is sound, and counts by memory and by the witness.
@@ -258,18 +259,18 @@ impl Machine {
             return;
         }
         self.tell(|| "  (the exception of rule 21)".into());
-        if !self.was_behind.is_empty() {
-            *self.coverage.others.entry("lost behind").or_default() += 1;
-            self.history.behind_lost(&self.was_behind);
-        }
-        self.history.exception(None);
+        self.lose_blocks(None);
     }
 
-    /// The same of a few blocks of the pinned leg.
-    pub(super) fn lose_blocks(&mut self, range: BlockRange) {
-        let behind = self.was_behind.iter().filter(|(block, _)| (range.start..range.end).contains(block)).copied().collect();
-        self.history.behind_lost(&behind);
-        self.history.exception(Some(range));
+    /// These blocks of the pinned leg (`None`: all).
+    pub(super) fn lose_blocks(&mut self, lost: Option<BlockRange>) {
+        let is_lost = |(block, _): &&(u64, u64)| lost.is_none_or(|range| (range.start..range.end).contains(block));
+        let behind: Covered = self.was_behind.iter().filter(is_lost).copied().collect();
+        if !behind.is_empty() {
+            *self.coverage.others.entry("lost behind").or_default() += 1;
+            self.history.behind_lost(&behind);
+        }
+        self.history.exception(lost);
     }
 
     /// Requests that were answered while a leg that counts is not done with them.

@@ -539,8 +539,8 @@ impl Machine {
             self.copies_may_wait = true;
             if self.may_differ && work.disk.is_none_or(|(disk, _)| self.pin.is_none_or(|pin| self.place[pin.index()] == Some(disk))) {
                 // The only copy that was read from is lost here: the other may be older.
-                let range = *range;
-                self.lose_blocks(range);
+                let lost = Some(*range);
+                self.lose_blocks(lost);
             }
         }
         if let (Op::Leg(LegOp::Write { range, .. }), Kind::CopyWrite) = (&work.op, work.kind)
@@ -549,8 +549,8 @@ impl Machine {
             && self.pin.is_some_and(|pin| self.place[pin.index()] == Some(disk))
         {
             // What could not be read from the pinned leg comes from the other one: until it has landed readers had what the pinned one held.
-            let range = *range;
-            self.lose_blocks(range);
+            let lost = Some(*range);
+            self.lose_blocks(lost);
         }
         self.handle(Event::Done { io, outcome });
     }

@@ -11,7 +11,7 @@ use lockstep_sim::{Rng, World};
 
 use crate::{cut_off, in_flight_on, range, run_dry};
 
-pub(crate) const MOSTLY_B: Request = Request::WriteMostly { slot: Some(Slot::B), behind: true };
+const MOSTLY_B: Request = Request::WriteMostly { slot: Some(Slot::B), behind: true };
 
 /// B is write-mostly, writes may be behind on it, and the region of block 0 is dirty.
 fn behind_with(seed: u64, limits: Limits) -> World {
@@ -195,7 +195,7 @@ fn case_42_after_a_kill_or_a_power_cut_with_writes_behind_the_fast_leg_decides()
 }
 
 /// A world whose A was filled from B, so that the record pins B.
-pub(crate) fn pinned_to_b(seed: u64, missed: BlockRange) -> World {
+fn pinned_to_b(seed: u64, missed: BlockRange) -> World {
     let mut world = World::new(seed);
     world.settle();
     world.disks[0].dead = true;
@@ -263,18 +263,23 @@ fn case_42_nothing_is_behind_while_the_record_pins_the_slow_leg() {
     }
 }
 
+/// B is pinned. The legs say that A is, the witness would not: nobody knows which of the two would hold, and it is about to be said again.
+pub(crate) fn pin_refused(seed: u64) -> World {
+    let mut world = pinned_to_b(seed, range(0, 8));
+    world.write(range(0, 1));
+    run_dry(&mut world);
+    world.witness_fails = 6;
+    world.command(MOSTLY_B);
+    while world.witness_fails > 0 {
+        assert!(world.step() || world.tick(), "it never ended");
+    }
+    world
+}
+
 #[test]
 fn case_42_nothing_is_behind_while_two_records_may_hold_that_pin_different_legs() {
     for seed in 0..8 {
-        let mut world = pinned_to_b(seed, range(0, 8));
-        world.write(range(0, 1));
-        run_dry(&mut world);
-        // The legs say that A is pinned, the witness does not: nobody knows which of the two would hold.
-        world.witness_fails = 6;
-        world.command(MOSTLY_B);
-        while world.witness_fails > 0 {
-            assert!(world.step() || world.tick(), "it never ended");
-        }
+        let mut world = pin_refused(seed);
         world.stuck.extend(world.in_flight().into_iter().map(|(io, ..)| io));
         assert!(!world.stuck.is_empty(), "it does not say again what holds");
         world.command(Request::WriteMostly { slot: Some(Slot::A), behind: true });

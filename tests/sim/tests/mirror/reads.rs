@@ -9,7 +9,7 @@ use lockstep_sim::World;
 
 use crate::{
     answered,
-    behind::{MOSTLY_B, pinned_to_b, write_on},
+    behind::{pin_refused, write_on},
     cut_off, range, run_dry, warm,
 };
 
@@ -109,17 +109,9 @@ fn rule_21_where_the_legs_may_differ_a_read_in_a_stop_puts_on_the_pinned_leg_wha
     }
 }
 
-/// B is pinned, and a record that pins A did not come about: the legs have it, and the witness perhaps (`landed`; else it is lost later). What holds is
-/// being said again, and comes as far as the legs in the former case.
+/// As `pin_refused`, and what holds is being said again. `landed`: the witness has the record that it refused, and the legs have the newer one.
 fn pinned_by_one_record_of_two(seed: u64, landed: bool) -> World {
-    let mut world = pinned_to_b(seed, range(0, 8));
-    world.write(range(0, 1));
-    run_dry(&mut world);
-    world.witness_fails = 6;
-    world.command(MOSTLY_B);
-    while world.witness_fails > 0 {
-        assert!(world.step() || world.tick(), "it never ended");
-    }
+    let mut world = pin_refused(seed);
     let (record, _) = format::superblock(&world.disks[0].meta).expect("it is valid");
     if landed {
         let (_, slot) = format::witness(&world.witness).expect("it is valid");
