@@ -162,8 +162,7 @@ fn pulse(path: &Path, seen: &Seen, stop: &dyn Fn() -> bool) -> io::Result<()> {
             let content = |round: u64| (round << 32 | region).to_le_bytes().repeat(BLOCK / 8);
             if round > 0 {
                 device.read(at)?;
-                let wrong = device.block().iter().zip(content(round)).filter(|(is, was)| **is != *was).count();
-                seen.mismatched.fetch_add(wrong as u64, Ordering::Relaxed);
+                seen.mismatched.fetch_add(differences(device.block(), &content(round)), Ordering::Relaxed);
             }
             device.block().copy_from_slice(&content(round + 1));
             device.write(at)?;
@@ -171,6 +170,12 @@ fn pulse(path: &Path, seen: &Seen, stop: &dyn Fn() -> bool) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// How many bytes are not as they should be.
+pub(super) fn differences(found: &[u8], wanted: &[u8]) -> u64 {
+    let differ = found.iter().zip(wanted).filter(|(is, was)| is != was).count();
+    (differ + found.len().abs_diff(wanted.len())) as u64
 }
 
 /// A bind mount of a device's node has another name than the device.

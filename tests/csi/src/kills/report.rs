@@ -51,8 +51,11 @@ impl Report {
 
     /// What the plan wants and did not come about.
     pub(super) fn wanting(&self, plan: &Plan) -> Option<(Phase, Kind)> {
+        if plan.least == 0 {
+            return None;
+        }
         let hits = |phase: Phase, kind: Kind| self.ends.iter().filter(|end| end.kind == kind && end.phases.contains(&phase)).count();
-        plan.phases.iter().filter(|_| plan.least > 0).find_map(|phase| {
+        plan.phases.iter().find_map(|phase| {
             let rarest = plan.kinds.iter().min_by_key(|kind| hits(*phase, **kind))?;
             (self.hits(*phase) < plan.least || hits(*phase, *rarest) == 0).then_some((*phase, *rarest))
         })

@@ -53,9 +53,8 @@ struct Session {
     log: Log,
     seen: Arc<Seen>,
     report: Report,
-    /// In use all the time, and the names that the log has for them.
+    /// In use all the time.
     used: Used,
-    uids: Vec<String>,
     /// Comes and goes.
     churn: Place,
     /// How many were formatted, and how many csi-nodes started.
@@ -88,7 +87,6 @@ pub async fn run(mut plan: Plan) -> Report {
         log: Log::open(&log_path(&lab, 0)),
         churn: place("churn", Some("ext4")),
         used,
-        uids: Vec::new(),
         random: plan.seed | 1,
         memory,
         lab,
@@ -161,10 +159,6 @@ impl Session {
         until("a node that is ready", || async { self.driver.client.node_ready().await.then_some(()) }).await;
     }
 
-    async fn uid(&self, place: &Place) -> String {
-        self.driver.volume(&place.id).await.metadata.uid.expect("a stored object")
-    }
-
     /// The copies of a volume that is not used.
     async fn compare(&mut self, place: &Place) -> Vec<PathBuf> {
         let copies = self.driver.copies(&place.id).await;
@@ -179,7 +173,6 @@ impl Session {
         }
         for place in self.used.all() {
             place.up(&self.driver.client).await.expect("it is staged");
-            self.uids.push(self.uid(place).await);
         }
         self.bring_up(&self.churn).await;
         self.take_down(&self.churn).await;
@@ -188,20 +181,19 @@ impl Session {
     /// Until this csi-node says so, and the object: that may be its predecessor's word.
     async fn healthy(&mut self, also: Option<&Place>) {
         let places: Vec<Place> = self.used.all().into_iter().chain(also).cloned().collect();
-        let mut uids = self.uids.clone();
-        if let Some(place) = also {
-            uids.push(self.uid(place).await);
-        }
         let deadline = Instant::now() + 3 * PATIENCE;
         let mut since = None;
         while since.is_none_or(|since: Instant| since.elapsed() < CALM) {
             tokio::time::sleep(Duration::from_millis(50)).await;
             self.log.read();
-            let mut well = self.log.is_calm(uids.iter());
+            let (mut well, mut uids) = (true, Vec::new());
             for place in &places {
-                let status = self.driver.volume(&place.id).await.status.unwrap_or_default();
+                let volume = self.driver.volume(&place.id).await;
+                uids.push(volume.metadata.uid.expect("a stored object"));
+                let status = volume.status.unwrap_or_default();
                 well &= status.conditions.iter().any(|condition| condition.type_ == "Ready" && condition.reason == "Healthy");
             }
+            well &= self.log.is_calm(uids.iter());
             since = if well { since.or_else(|| Some(Instant::now())) } else { None };
             if self.has_errors() {
                 return;
@@ -234,7 +226,7 @@ impl Session {
 
     /// Ends csi-node in this phase, starts the next one, and waits until all is well.
     async fn one(&mut self, phase: Phase, kind: Kind) {
-        let mut call: Option<(Place, bool, Call)> = None;
+        let mut call: Option<(Place, Call)> = None;
         match phase {
             Phase::Normal | Phase::Hung => {}
             Phase::BitmapSet | Phase::BitmapClear => self.disks_are(SLOW),
@@ -254,13 +246,13 @@ impl Session {
             }
             Phase::Assembly | Phase::Stage => {
                 self.disks_are(SLOW);
-                call = Some((self.churn.clone(), true, self.stage(&self.churn)));
+                call = Some((self.churn.clone(), self.stage(&self.churn)));
             }
             Phase::Mkfs => {
                 self.new += 1;
                 let place = self.driver.place(&format!("new{}", self.new), 64 * MIB, Some("ext4")).await;
                 self.disks_are(SLOW);
-                call = Some((place.clone(), true, self.stage(&place)));
+                call = Some((place.clone(), self.stage(&place)));
             }
             Phase::Unstage => {
                 let place = self.churn.clone();
@@ -268,7 +260,7 @@ impl Session {
                 fs::write(place.target.join("dirty"), DIRTY).expect("the volume works");
                 self.disks_are(SLOW);
                 let (client, of) = (self.driver.client.clone(), place.clone());
-                call = Some((place, false, tokio::spawn(async move { of.down(&client).await })));
+                call = Some((place, tokio::spawn(async move { of.down(&client).await })));
             }
         }
         match phase {
@@ -282,15 +274,15 @@ impl Session {
         self.disks_are(FAST);
         self.answered().await;
         self.ready().await;
-        if let Some((place, up, call)) = call {
+        if let Some((place, call)) = call {
             drop(call.await);
-            if !up {
+            if phase == Phase::Unstage {
                 self.take_down(&place).await;
             }
             self.bring_up(&place).await;
             if phase == Phase::Unstage {
                 let found = fs::read(place.target.join("dirty")).expect("the volume works");
-                self.report.mismatched += differences(&found, DIRTY);
+                self.report.mismatched += loads::differences(&found, DIRTY);
             }
             self.healthy(Some(&place)).await;
             self.take_down(&place).await;
@@ -437,12 +429,6 @@ impl Drop for Session {
 
 fn said(result: Result<(), Status>) -> Option<()> {
     result.inspect_err(|error| println!("{}: {}", error.code(), error.message())).ok()
-}
-
-/// How many bytes are not as they should be.
-fn differences(found: &[u8], wanted: &[u8]) -> u64 {
-    let differ = found.iter().zip(wanted).filter(|(is, was)| is != was).count();
-    (differ + found.len().abs_diff(wanted.len())) as u64
 }
 
 /// How many bytes differ, says `cmp`, after the page cache was dropped.
