@@ -6,12 +6,12 @@
 //!     |                 | old, and its node silent        |
 //!     '-----------------'---------------------------------'   withdrawn, with a precondition; this node is not tried again
 //! ```
-//! A node that is silent is not tried at all while another one is not.
+//! A node that is silent is not tried at all while another one is not. Where the scheduler has chosen the node, there is no other one.
 //! The whole picture is in the object, so a repeated call goes on where the last one was.
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::{coordination::v1::Lease, core::v1::PersistentVolumeClaim};
 use kube::Resource;
 use lockstep_proto::{
     csi::{CreateVolumeRequest, CreateVolumeResponse},
@@ -26,6 +26,9 @@ use crate::{
     wait::{Deadline, Over},
     wanted::Wanted,
 };
+
+/// The annotation of a claim by which the scheduler says which node it has chosen (WaitForFirstConsumer).
+const SELECTED_NODE: &str = "volume.kubernetes.io/selected-node";
 
 /// What became of an object.
 enum Settled {
@@ -77,7 +80,7 @@ impl<S: Store> Controller<S> {
     async fn place(&self, wanted: &Wanted, refused: &BTreeMap<String, String>) -> Result<String, Error> {
         let nodes = self.nodes().await?;
         let (mut refusals, mut first_silent) = (Vec::new(), None);
-        for node in wanted.placement.order(&nodes) {
+        for node in self.candidates(wanted, &nodes).await? {
             let why = match (refused.get(&node), nodes.get(&node)) {
                 (Some(why), _) => why.clone(),
                 (None, None) => "it has no disk of Lockstep".into(),
@@ -106,6 +109,23 @@ impl<S: Store> Controller<S> {
             return Ok(node);
         }
         Err(Error::NoRoom { bytes: wanted.bytes, refusals: refusals.join("; ") })
+    }
+
+    /// The nodes to try, in order. Where the scheduler has chosen one for the pod it is that one or none: the pod would wait for ever for a volume on
+    /// another. If it cannot have it, the scheduler is asked to choose again. What is bound before there is a pod may be on any.
+    async fn candidates(&self, wanted: &Wanted, nodes: &Nodes) -> Result<Vec<String>, Error> {
+        match wanted.placement.chosen() {
+            Some(chosen) if self.waited_for_its_pod(wanted).await? => Ok(vec![chosen.to_owned()]),
+            _ => Ok(wanted.placement.order(nodes)),
+        }
+    }
+
+    /// Whether the volume's claim was bound to a node by the scheduler. The call itself does not say so.
+    async fn waited_for_its_pod(&self, wanted: &Wanted) -> Result<bool, Error> {
+        let Some((namespace, name)) = wanted.claim.as_deref().and_then(|claim| claim.split_once('/')) else { return Ok(false) };
+        let claim: Option<PersistentVolumeClaim> = self.store.get_in(namespace, name).await?;
+        let annotations = claim.and_then(|claim| claim.metadata.annotations).unwrap_or_default();
+        Ok(annotations.contains_key(SELECTED_NODE))
     }
 
     /// Waits until it is known what becomes of the object.

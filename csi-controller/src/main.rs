@@ -1,10 +1,10 @@
 //! The CSI controller's process: arguments, signals, log.
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf, sync::Arc};
 
 use anyhow::Context;
 use clap::Parser;
-use lockstep_proto::{endpoint::Endpoint, logging, objects::MirrorVolume};
+use lockstep_proto::{endpoint::Endpoint, logging, objects::MirrorVolume, probes};
 use lockstep_store::{Directory, Kubernetes, Listing, Store};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -27,16 +27,26 @@ struct Arguments {
     /// cluster.
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
+    /// Where to answer whoever asks over HTTP whether this process lives (/livez) and is ready (/readyz: its objects can be reached), as in
+    /// 0.0.0.0:9808. Without it nobody can ask.
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = probes::address)]
+    probes: Option<SocketAddr>,
     /// Serves nothing: ends with an error if there are volumes, and names them. The chart asks this before it is uninstalled.
     #[arg(long)]
     refuse_if_volumes_exist: bool,
 }
 
+/// Where it can be asked.
+struct Addresses {
+    endpoint: Endpoint,
+    probes: Option<SocketAddr>,
+}
+
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let Arguments { endpoint, objects, kubeconfig, refuse_if_volumes_exist } = Arguments::parse();
+    let Arguments { endpoint, objects, kubeconfig, probes, refuse_if_volumes_exist } = Arguments::parse();
     logging::init()?;
-    let serves = (!refuse_if_volumes_exist).then_some(&endpoint);
+    let serves = (!refuse_if_volumes_exist).then_some(Addresses { endpoint, probes });
     match (objects, kubeconfig) {
         (Some(dir), _) => {
             let store = Directory::open(&dir).with_context(|| format!("--objects {}", dir.display()))?;
@@ -53,9 +63,9 @@ async fn main() -> anyhow::Result<()> {
     }
 }
 
-async fn run(store: impl Store, serves: Option<&Endpoint>, objects: &str) -> anyhow::Result<()> {
+async fn run(store: impl Store, serves: Option<Addresses>, objects: &str) -> anyhow::Result<()> {
     match serves {
-        Some(endpoint) => serve(store, endpoint, objects).await,
+        Some(addresses) => serve(store, addresses, objects).await,
         None => refuse_if_volumes_exist(&store).await,
     }
 }
@@ -81,10 +91,14 @@ async fn refuse_if_volumes_exist(store: &impl Store) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn serve(store: impl Store, endpoint: &Endpoint, objects: &str) -> anyhow::Result<()> {
+async fn serve(store: impl Store, addresses: Addresses, objects: &str) -> anyhow::Result<()> {
+    let Addresses { endpoint, probes: probed_at } = addresses;
     let (mut terminated, mut interrupted) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let incoming = endpoint.bind()?;
     tracing::info!(%endpoint, objects, "serving");
+    if let Some(address) = probed_at {
+        tokio::spawn(probes::serve(address, endpoint, Arc::new(())));
+    }
     let ended = async move {
         tokio::select! {
             _ = terminated.recv() => tracing::info!("SIGTERM: ending"),

@@ -26,7 +26,8 @@ pub(crate) struct Wanted {
     range: CapacityRange,
     usage: Usage,
     parameters: BTreeMap<String, String>,
-    claim: Option<String>,
+    /// The claim that it is for, as namespace/name.
+    pub(crate) claim: Option<String>,
 }
 
 /// Where it may be.
@@ -50,6 +51,11 @@ impl Placement {
     fn allows(&self, node: &str) -> bool {
         let allowed = if self.requisite.is_empty() { &self.preferred } else { &self.requisite };
         allowed.is_empty() || allowed.iter().any(|allowed| allowed == node)
+    }
+
+    /// The one that the scheduler has chosen for the pod, as the provisioner says it: the first that is preferred.
+    pub(crate) fn chosen(&self) -> Option<&str> {
+        self.preferred.first().map(String::as_str)
     }
 
     /// The nodes to try, in order: as preferred, then by room, then those that have no disk of ours (which the answer then says).

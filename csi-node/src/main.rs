@@ -1,6 +1,7 @@
 //! The CSI node plugin.
 
 use std::{
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -22,6 +23,7 @@ use lockstep_proto::{
     endpoint::Endpoint,
     logging,
     objects::LocalDisk,
+    probes::{self, Process},
     rpc_log::RpcLog,
 };
 use lockstep_store::{Changes, Directory, Kubernetes, Store};
@@ -36,6 +38,8 @@ use tracing::{error, info, warn};
 const LAST_CALLS: Duration = Duration::from_secs(15);
 /// How long the csi-node before this one may take to end.
 const HANDOVER: Duration = Duration::from_secs(30);
+/// How long a datapath thread may take to answer whoever asks whether this process lives.
+const HEARTBEAT: Duration = Duration::from_secs(4);
 /// How often the disks are looked at.
 const SCAN: Duration = Duration::from_secs(2);
 /// How long the store may take for the objects of all disks.
@@ -80,6 +84,10 @@ struct Args {
     /// The path of the socket of --endpoint, as the kubelet sees it.
     #[arg(long, value_name = "PATH")]
     endpoint_on_host: Option<PathBuf>,
+    /// Where to answer whoever asks over HTTP whether this process lives (/livez) and is ready (/readyz), as in 0.0.0.0:9808. Without it
+    /// nobody can ask.
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = probes::address)]
+    probes: Option<SocketAddr>,
     /// How many threads serve volumes; each carries many.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
     datapath_threads: u8,
@@ -100,6 +108,7 @@ fn main() -> anyhow::Result<()> {
         fuse_holder,
         registration_dir,
         endpoint_on_host,
+        probes,
         datapath_threads,
     } = Args::parse();
     let registration = registration_dir.zip(endpoint_on_host.map(Registration::new));
@@ -128,9 +137,10 @@ fn main() -> anyhow::Result<()> {
     let disks = Arc::new(Disks::new(Arc::clone(&state), config.disks));
     let datapath = Datapath::start(usize::from(datapath_threads), holder)?;
     let parts = Parts { name: node_name, state, disks, datapath };
+    let addresses = Addresses { endpoint, probes, registration };
     match store {
-        Objects::Directory(store) => runtime.block_on(run(parts.with(store), &endpoint, registration))?,
-        Objects::Kubernetes(store) => runtime.block_on(run(parts.with(*store), &endpoint, registration))?,
+        Objects::Directory(store) => runtime.block_on(run(parts.with(store), addresses))?,
+        Objects::Kubernetes(store) => runtime.block_on(run(parts.with(*store), addresses))?,
     }
     // A thread that waits for a hung disk must not keep the process.
     runtime.shutdown_background();
@@ -181,7 +191,32 @@ impl Parts {
     }
 }
 
-async fn run<S: Store>(node: Arc<Node<S>>, endpoint: &Endpoint, registration: Option<(PathBuf, Registration)>) -> anyhow::Result<()> {
+/// Where it can be asked, and what.
+struct Addresses {
+    endpoint: Endpoint,
+    probes: Option<SocketAddr>,
+    registration: Option<(PathBuf, Registration)>,
+}
+
+/// What is asked of this process itself.
+struct CsiNode<S> {
+    node: Arc<Node<S>>,
+    registration: Option<Registration>,
+}
+
+impl<S: Store> Process for CsiNode<S> {
+    async fn alive(&self) -> Result<(), String> {
+        self.node.datapath.heartbeat(HEARTBEAT).await.map_err(|error| error.to_string())
+    }
+
+    fn ready(&self) -> Result<(), String> {
+        let refused = self.registration.as_ref().is_some_and(Registration::is_refused);
+        if refused { Err("the kubelet has not registered this node; the log says why".into()) } else { Ok(()) }
+    }
+}
+
+async fn run<S: Store>(node: Arc<Node<S>>, addresses: Addresses) -> anyhow::Result<()> {
+    let Addresses { endpoint, probes: probed_at, registration } = addresses;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let identity = Identity::default();
@@ -193,6 +228,11 @@ async fn run<S: Store>(node: Arc<Node<S>>, endpoint: &Endpoint, registration: Op
         let node = Arc::clone(&node);
         async move { lease::keep(&node.store, &node.name).await }
     });
+    if let Some(address) = probed_at {
+        let registration = registration.as_ref().map(|(_, registration)| registration.clone());
+        let process = CsiNode { node: Arc::clone(&node), registration };
+        tokio::spawn(probes::serve(address, endpoint.clone(), Arc::new(process)));
+    }
     if let Some((dir, registration)) = registration {
         tokio::spawn(async move {
             // Volumes are served all the same.

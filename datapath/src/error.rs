@@ -73,6 +73,9 @@ pub enum Error {
     /// The volume is closed, or its datapath thread is gone.
     #[error("the volume is not open any more")]
     Gone,
+    /// A datapath thread does not answer.
+    #[error("a datapath thread does not answer")]
+    Stuck,
     /// What looks at the legs panicked: a bug. Nothing but this volume is touched by it.
     #[error("the mirror's code panicked: see the log")]
     Panicked,

@@ -223,6 +223,14 @@ impl Datapath {
         self.holder.as_ref().map_or(Ok(Vec::new()), |holder| Ok(holder.list()?))
     }
 
+    /// Waits until every thread has answered, or waits in the kernel for a disk.
+    ///
+    /// # Errors
+    /// `Error::Gone` if one has ended, `Error::Stuck` if one does neither within `limit`.
+    pub async fn heartbeat(&self, limit: Duration) -> Result<(), Error> {
+        futures::future::try_join_all(self.threads.iter().map(|thread| thread.heartbeat(limit))).await.map(drop)
+    }
+
     /// Whether volumes outlive this process.
     pub fn has_holder(&self) -> bool {
         self.holder.is_some()

@@ -2,18 +2,19 @@
 
 use std::{
     cell::RefCell,
-    io,
+    fs, io,
     rc::Rc,
     sync::{
         Arc, Once,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicI32, AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tracing::{Instrument, warn};
 
-use crate::{buffers::Pool, landing::Landing, volume};
+use crate::{buffers::Pool, error::Error, landing::Landing, volume};
 
 /// Kernel threads that may wait for leg I/O of one datapath thread at a time. They are made only while all that there are wait.
 ///
@@ -41,10 +42,20 @@ fn never_wait_for_our_own_volumes() {
     }
 }
 
+/// To a datapath thread.
+enum Message {
+    /// Serve this volume too.
+    Start(Box<volume::Start>),
+    /// Answer.
+    Heartbeat(oneshot::Sender<()>),
+}
+
 /// How the rest of the process reaches a datapath thread.
 #[derive(Debug)]
 pub(crate) struct Thread {
-    starts: mpsc::Sender<volume::Start>,
+    messages: mpsc::Sender<Message>,
+    /// The kernel's number of it; 0 until it runs.
+    id: Arc<AtomicI32>,
     volumes: Arc<AtomicUsize>,
 }
 
@@ -60,10 +71,13 @@ impl Drop for Carried {
 impl Thread {
     /// Starts the thread with this number, with a ring of this many entries.
     pub(crate) fn start(number: usize, ring_entries: u32) -> io::Result<Self> {
-        let (starts, mut incoming) = mpsc::channel::<volume::Start>(16);
+        let (messages, mut incoming) = mpsc::channel(16);
+        let id = Arc::new(AtomicI32::new(0));
+        let own = Arc::clone(&id);
         let volumes = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&volumes);
         std::thread::Builder::new().name(format!("datapath-{number}")).spawn(move || {
+            own.store(rustix::thread::gettid().as_raw_nonzero().get(), Ordering::Relaxed);
             never_wait_for_our_own_volumes();
             let mut ring = tokio_uring::uring_builder();
             // Completions wait for our next system call instead of interrupting us. Never DEFER_TASKRUN: with this runtime I/O hangs.
@@ -77,7 +91,14 @@ impl Thread {
                     warn!(%error, "the payload memory is neither locked nor known to the ring: slower, and it can be swapped out");
                 }
                 let landing = Rc::new(RefCell::new(Landing::default()));
-                while let Some(start) = incoming.recv().await {
+                while let Some(message) = incoming.recv().await {
+                    let start = match message {
+                        Message::Start(start) => *start,
+                        Message::Heartbeat(answer) => {
+                            let _who_asked_may_be_gone = answer.send(());
+                            continue;
+                        }
+                    };
                     let span = tracing::info_span!("volume", id = start.name);
                     let (pool, landing, count) = (Rc::clone(&pool), Rc::clone(&landing), Arc::clone(&count));
                     tokio_uring::spawn(
@@ -90,7 +111,7 @@ impl Thread {
                 }
             });
         })?;
-        Ok(Self { starts, volumes })
+        Ok(Self { messages, id, volumes })
     }
 
     /// How many volumes it carries.
@@ -101,6 +122,58 @@ impl Thread {
     /// Gives it one more. `Err`: the thread is gone.
     pub(crate) async fn add(&self, start: volume::Start) -> Result<(), ()> {
         self.volumes.fetch_add(1, Ordering::Relaxed);
-        self.starts.send(start).await.map_err(drop)
+        self.messages.send(Message::Start(Box::new(start))).await.map_err(drop)
+    }
+
+    /// Waits until it answers. One that waits in the kernel need not: that is a disk's doing, and it would not end if it were told to.
+    pub(crate) async fn heartbeat(&self, limit: Duration) -> Result<(), Error> {
+        let asked = async {
+            let (answer, answered) = oneshot::channel();
+            self.messages.send(Message::Heartbeat(answer)).await.map_err(|_| Error::Gone)?;
+            answered.await.map_err(|_| Error::Gone)
+        };
+        match tokio::time::timeout(limit, asked).await {
+            Ok(answered) => answered,
+            Err(_) if self.waits_in_the_kernel() => {
+                warn!(thread = self.id.load(Ordering::Relaxed), "a datapath thread waits in the kernel");
+                Ok(())
+            }
+            Err(_) => Err(Error::Stuck),
+        }
+    }
+
+    /// Whether no signal would reach it now.
+    fn waits_in_the_kernel(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/self/task/{}/stat", self.id.load(Ordering::Relaxed))).unwrap_or_default();
+        // Its name is in parentheses, whatever is in it.
+        stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('D'))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_millis(200);
+
+    /// A thread that does this and nothing else.
+    fn thread(work: impl FnOnce(mpsc::Receiver<Message>) + Send + 'static) -> Thread {
+        let (messages, incoming) = mpsc::channel(16);
+        std::thread::spawn(move || work(incoming));
+        Thread { messages, id: Arc::default(), volumes: Arc::default() }
+    }
+
+    #[tokio::test]
+    async fn a_thread_that_runs_answers_one_that_ended_is_gone_and_one_that_computes_for_ever_is_stuck() {
+        assert!(matches!(Thread::start(0, 16).unwrap().heartbeat(Duration::from_secs(10)).await, Ok(())));
+        assert!(matches!(thread(drop).heartbeat(LIMIT).await, Err(Error::Gone)));
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let computing = thread(move |incoming| {
+            // Until the test is over.
+            assert!(ended.recv().is_err());
+            drop(incoming);
+        });
+        assert!(matches!(computing.heartbeat(LIMIT).await, Err(Error::Stuck)));
+        drop(end);
     }
 }

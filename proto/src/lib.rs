@@ -1,4 +1,4 @@
-//! What two processes must agree on. No policy here.
+//! What two processes must agree on, and what both do alike. No policy of volumes here.
 //!
 //! ```text
 //! sidecars, kubelet --csi over a unix socket (endpoint, rpc_log)--> controller, node
@@ -12,6 +12,7 @@ pub mod endpoint;
 pub mod logging;
 pub mod objects;
 pub mod parameters;
+pub mod probes;
 pub mod rpc_log;
 
 /// The Container Storage Interface: what `csi.proto` says, as Rust. Maps are ordered.

@@ -49,3 +49,23 @@ affinity: {{- toYaml . | nindent 2 }}
 tolerations: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
+
+{{/* Asked by the kubelet. A process that does not answer for five minutes is started again; neither its disks nor the API nor registration are a reason. */}}
+{{- define "lockstep.probes" -}}
+ports:
+  - {name: probes, containerPort: 9808}
+startupProbe:
+  httpGet: {path: /livez, port: probes}
+  periodSeconds: 1
+  timeoutSeconds: 10
+  failureThreshold: 300
+livenessProbe:
+  httpGet: {path: /livez, port: probes}
+  periodSeconds: 10
+  timeoutSeconds: 10
+  failureThreshold: 30
+readinessProbe:
+  httpGet: {path: /readyz, port: probes}
+  periodSeconds: 5
+  timeoutSeconds: 10
+{{- end }}

@@ -1,3 +1,4 @@
+use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use lockstep_proto::{
     FINALIZER,
     csi::{CreateVolumeRequest, controller_server::Controller as _},
@@ -31,6 +32,40 @@ async fn the_preferred_node_comes_first_and_without_any_that_with_the_most_room(
     }
     let without = CreateVolumeRequest { accessibility_requirements: None, ..wanted("without") };
     assert_eq!(rig.create(without).await.unwrap().accessible_topology, [topology("b")]);
+}
+
+/// A claim of this name, and what the provisioner asks for it.
+async fn claimed(rig: &Rig, name: &str, selected_node: Option<&str>, request: CreateVolumeRequest) -> CreateVolumeRequest {
+    let mut claim = PersistentVolumeClaim::default();
+    claim.metadata.name = Some(name.into());
+    claim.metadata.annotations = selected_node.map(|node| [("volume.kubernetes.io/selected-node".to_owned(), node.to_owned())].into());
+    rig.store.create(claim).await.unwrap();
+    let parameters = [("csi.storage.k8s.io/pvc/name", name), ("csi.storage.k8s.io/pvc/namespace", "default")];
+    CreateVolumeRequest { parameters: parameters.map(|(name, value)| (name.to_owned(), value.to_owned())).into(), ..request }
+}
+
+/// The pod runs on that node and on no other: its volume elsewhere would keep it waiting for ever.
+#[tokio::test]
+async fn a_volume_whose_node_the_scheduler_chose_is_there_or_nowhere() {
+    let rig = Rig::new();
+    rig.disks("full", &[0, 0]).await;
+    rig.node("full", TAKES);
+    rig.disks("dead", &[9, 9]).await;
+    rig.lease("dead", 600).await;
+    rig.node_with_disks("good", TAKES).await;
+    rig.lease("good", 0).await;
+    let all = ["full", "dead", "good"];
+    for node in ["full", "dead"] {
+        let request = claimed(&rig, &format!("chosen-{node}"), Some(node), on("v", &all, &[node, "good"])).await;
+        let message = refused(rig.create(request).await, Code::ResourceExhausted);
+        assert!(message.contains(&format!("{node}: ")) && !message.contains("good: "), "{message}");
+        assert_eq!(rig.volumes().await, [""; 0]);
+    }
+    let request = claimed(&rig, "chosen-good", Some("good"), on("v", &all, &["good", "full"])).await;
+    assert_eq!(rig.create(request).await.unwrap().accessible_topology, [topology("good")]);
+    // Nobody has chosen: any of them will do.
+    let request = claimed(&rig, "anywhere", None, on("w", &all, &["full", "dead", "good"])).await;
+    assert_eq!(rig.create(request).await.unwrap().accessible_topology, [topology("good")]);
 }
 
 #[tokio::test]

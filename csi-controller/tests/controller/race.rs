@@ -34,6 +34,9 @@ impl Store for Meddled {
     async fn get<K: Object>(&self, name: &str) -> Result<Option<K>, Error> {
         self.store.get(name).await
     }
+    async fn get_in<K: Object>(&self, namespace: &str, name: &str) -> Result<Option<K>, Error> {
+        self.store.get_in(namespace, name).await
+    }
     async fn list<K: Object>(&self) -> Result<Listing<K>, Error> {
         self.store.list().await
     }

@@ -3,7 +3,13 @@
 //! Nothing here waits for a disk, a volume or the API server: the kubelet gives up after a second. What it refuses it asks for again, so that no
 //! process need end for that, least of all one that serves volumes.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use lockstep_proto::{
     DRIVER_NAME,
@@ -23,12 +29,19 @@ const CSI_VERSION: &str = "1.0.0";
 #[derive(Clone, Debug)]
 pub struct Registration {
     endpoint: PathBuf,
+    /// The kubelet's last word was no.
+    refused: Arc<AtomicBool>,
 }
 
 impl Registration {
     /// `endpoint`: the CSI socket, where the kubelet finds it.
     pub fn new(endpoint: PathBuf) -> Self {
-        Self { endpoint }
+        Self { endpoint, refused: Arc::default() }
+    }
+
+    /// Whether the kubelet has said that it does not take this node.
+    pub fn is_refused(&self) -> bool {
+        self.refused.load(Ordering::Relaxed)
     }
 
     /// Serves in the kubelet's directory of plugins, for ever: a kubelet that is restarted looks there again. The CSI socket must listen
@@ -76,12 +89,32 @@ impl registration_server::Registration for Registration {
         &self,
         status: Request<RegistrationStatus>,
     ) -> Result<Response<RegistrationStatusResponse>, Status> {
-        match status.into_inner() {
+        let status = status.into_inner();
+        self.refused.store(!status.plugin_registered, Ordering::Relaxed);
+        match status {
             RegistrationStatus { plugin_registered: true, .. } => info!("the kubelet has registered this node"),
             RegistrationStatus { error, .. } => {
                 warn!(reason = "RegistrationFailed", error, "the kubelet has not registered this node; it tries again")
             }
         }
         Ok(Response::new(RegistrationStatusResponse {}))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use registration_server::Registration as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_the_kubelet_said_last_counts() {
+        let registration = Registration::new("/host/csi.sock".into());
+        assert!(!registration.is_refused());
+        for (registered, error) in [(false, "no such version"), (true, "")] {
+            let status = RegistrationStatus { plugin_registered: registered, error: error.into() };
+            registration.notify_registration_status(Request::new(status)).await.unwrap();
+            assert_eq!(registration.clone().is_refused(), !registered);
+        }
     }
 }

@@ -157,6 +157,8 @@ pub trait Changes: Send {
 pub trait Store: Send + Sync + 'static {
     /// One object. `None`: it does not exist.
     fn get<K: Object>(&self, name: &str) -> impl Future<Output = Result<Option<K>, Error>> + Send;
+    /// One object of a namespace that need not be ours. `None`: it does not exist. A directory has one namespace, which is every one.
+    fn get_in<K: Object>(&self, namespace: &str, name: &str) -> impl Future<Output = Result<Option<K>, Error>> + Send;
     /// All objects of the kind.
     fn list<K: Object>(&self) -> impl Future<Output = Result<Listing<K>, Error>> + Send;
     /// Creates it. Its status is not taken.

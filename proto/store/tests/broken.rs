@@ -112,6 +112,9 @@ impl Store for Broken {
     async fn get<K: Object>(&self, name: &str) -> Result<Option<K>, Error> {
         Ok(self.store.get(name).await?.map(|object| self.told(object)))
     }
+    async fn get_in<K: Object>(&self, namespace: &str, name: &str) -> Result<Option<K>, Error> {
+        self.store.get_in(namespace, name).await
+    }
     async fn list<K: Object>(&self) -> Result<Listing<K>, Error> {
         self.store.list().await
     }

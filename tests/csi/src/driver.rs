@@ -3,6 +3,7 @@
 use std::{
     ffi::{OsStr, OsString},
     fs,
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -10,6 +11,11 @@ use std::{
 
 use lockstep_proto::objects::{LocalDisk, MirrorVolume, MirrorVolumeStatus};
 use lockstep_store::{Directory, Error, Store};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::JoinHandle,
+};
 
 use crate::{
     client::{Client, Place},
@@ -35,6 +41,8 @@ pub struct Driver<S = Directory> {
     /// How csi-node and csi-controller are told where these are.
     objects: [[String; 2]; 2],
     dir: PathBuf,
+    /// Where csi-node says whether it lives.
+    probes: Option<SocketAddr>,
     /// csi-node's PATH.
     programs: OsString,
     /// What starts csi-node, with its arguments.
@@ -101,7 +109,8 @@ impl<S: Store> Driver<S> {
         fs::write(dir.join("node.yaml"), format!("disks:\n- path: {}/*\n", text(&lab.path("disks")))).expect("a configuration");
         let client = Client::new(&dir.join("node.sock"), &dir.join("controller.sock"));
         let programs = std::env::var_os("PATH").unwrap_or_default();
-        let mut driver = Self { node: None, controller: None, holder: None, client, store, objects, dir, programs, starter: Vec::new() };
+        let mut driver =
+            Self { node: None, controller: None, holder: None, client, store, objects, dir, probes: None, programs, starter: Vec::new() };
         driver.start_node().await;
         driver.start_controller().await;
         // Ready is who answers; what the disks are is said a moment later.
@@ -115,6 +124,29 @@ impl<S: Store> Driver<S> {
         self.start_holder();
         self.terminate_node();
         self.start_node().await;
+    }
+
+    /// Starts csi-node anew so that it can be asked whether it lives.
+    pub async fn use_probes(&mut self) {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr());
+        self.probes = Some(free.expect("a port"));
+        self.terminate_node();
+        self.start_node().await;
+    }
+
+    /// Asks csi-node every half second whether it lives. The task ends, with an error, when that is not so.
+    pub fn must_live(&self) -> JoinHandle<()> {
+        let address = self.probes.expect("use_probes first");
+        tokio::spawn(async move {
+            loop {
+                let mut connection = TcpStream::connect(address).await.expect("it listens");
+                connection.write_all(b"GET /livez HTTP/1.0\r\n\r\n").await.expect("it listens");
+                let mut answer = String::new();
+                connection.read_to_string(&mut answer).await.expect("it answers");
+                assert!(answer.starts_with("HTTP/1.0 200"), "{answer}");
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+        })
     }
 
     /// Starts a FUSE holder: csi-node uses it from its next start on.
@@ -165,7 +197,9 @@ impl<S: Store> Driver<S> {
             ("--state-dir", self.at("state")),
             (self.objects[0][0].as_str(), self.objects[0][1].clone()),
         ];
-        for (name, value) in pairs.into_iter().chain(self.holder.is_some().then(|| ("--fuse-holder", self.at("holder.sock")))) {
+        let holder = self.holder.is_some().then(|| ("--fuse-holder", self.at("holder.sock")));
+        let probes = self.probes.map(|address| ("--probes", address.to_string()));
+        for (name, value) in pairs.into_iter().chain(holder).chain(probes) {
             args.extend([name.to_owned(), value]);
         }
         args

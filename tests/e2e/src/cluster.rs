@@ -100,17 +100,25 @@ pub fn until_health(claim: &str, wanted: &str, seconds: u64) -> anyhow::Result<V
     })
 }
 
+/// csi-node's state directory.
+const STATE: &str = "/var/lib/lockstep";
+
 /// Where a disk is mounted on the node.
 pub fn mount_of(disk: &str) -> PathBuf {
-    Path::new("/var/lib/lockstep/disks").join(disk)
+    Path::new(STATE).join("disks").join(disk)
 }
 
 /// A volume's two copies, as files.
 pub fn copies(volume: &Value) -> anyhow::Result<[PathBuf; 2]> {
+    copies_below(Path::new(STATE), volume)
+}
+
+/// The same on the node with this state directory.
+pub fn copies_below(state: &Path, volume: &Value) -> anyhow::Result<[PathBuf; 2]> {
     let uid = text(volume, "/metadata/uid");
     let file = |leg: &str| -> anyhow::Result<PathBuf> {
         let (disk, id) = (text(volume, &format!("/status/legs/{leg}/disk")), text(volume, &format!("/status/legs/{leg}/legId")));
-        let file = mount_of(disk).join(format!("volumes/{uid}.{id}/data"));
+        let file = state.join(format!("disks/{disk}/volumes/{uid}.{id}/data"));
         ensure!(file.exists(), "no {}", file.display());
         Ok(file)
     };
@@ -164,17 +172,51 @@ pub fn pod_of(component: &str) -> anyhow::Result<String> {
     Ok(text(pod, "/metadata/name").to_owned())
 }
 
+/// The processes of the node, with their arguments.
+fn processes() -> anyhow::Result<Vec<(u32, String)>> {
+    let process = |entry: fs::DirEntry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        let command = fs::read(entry.path().join("cmdline")).ok()?;
+        Some((pid, String::from_utf8_lossy(&command).replace('\0', " ")))
+    };
+    Ok(fs::read_dir("/proc")?.flatten().filter_map(process).collect())
+}
+
+/// How csi-node begins in its pod. Its errands have other arguments.
+const CSI_NODE_BEGINS: &str = "/usr/local/bin/csi-node --endpoint";
+
 /// The csi-node process that serves now.
 pub fn csi_node() -> anyhow::Result<u32> {
-    for entry in fs::read_dir("/proc")?.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        // Its errands have other arguments.
-        if command.starts_with(b"/usr/local/bin/csi-node\0--endpoint") {
-            return Ok(pid);
-        }
+    let node = processes()?.into_iter().find(|(_, command)| command.starts_with(CSI_NODE_BEGINS));
+    Ok(node.context("no csi-node runs")?.0)
+}
+
+/// What each of the driver's processes has of the memory, in MiB.
+pub fn memory() -> anyhow::Result<String> {
+    // The sidecars are told from each other by an option that only one has.
+    let programs = [
+        ("csi-node", CSI_NODE_BEGINS, ""),
+        ("fuse-holder", "/fuse-holder ", ""),
+        ("csi-controller", "/csi-controller ", ""),
+        ("csi-provisioner", "/sidecar ", "--enable-capacity"),
+        ("csi-resizer", "/sidecar ", "--handle-volume-inuse-error"),
+    ];
+    let processes = processes()?;
+    let mut said = Vec::new();
+    for (name, start, option) in programs {
+        let of_it = processes.iter().filter(|(_, command)| command.starts_with(start) && command.contains(option));
+        let sizes: Vec<String> = of_it.filter_map(|(pid, _)| resident(*pid)).map(|kib| format!("{}", kib.div_ceil(1024))).collect();
+        ensure!(!sizes.is_empty(), "no {name} runs");
+        said.push(format!("{name} {}", sizes.join(" + ")));
     }
-    bail!("no csi-node runs")
+    Ok(format!("memory in MiB: {}", said.join(", ")))
+}
+
+/// A process's resident memory, in KiB.
+fn resident(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().split(' ').next()?.parse().ok()
 }
 
 /// Shuts down the file system of a disk, from below: from now on each I/O to it fails. And it is pulled out: nobody finds it again by its name.

@@ -93,7 +93,7 @@ pub fn start_database() -> anyhow::Result<()> {
                 "fsGroupChangePolicy": "OnRootMismatch"},
             "containers": [{"name": "main", "image": "localhost/load:1", "imagePullPolicy": "Never", "command": ["commits"],
                 "volumeMounts": [{"name": "data", "mountPath": "/data"}]}]}}}}))?;
-    until("the database commits", 90, || Ok((commits()?.last > 10).then_some(())))
+    until("the database commits", 90, || Ok((commits(0)?.last > 10).then_some(())))
 }
 
 /// What the database's client printed.
@@ -105,8 +105,8 @@ pub struct Commits {
     pub longest: f64,
 }
 
-/// The commits that this pod acknowledged.
-pub fn commits() -> anyhow::Result<Commits> {
+/// The commits that this pod acknowledged; the longest time is that after number `from`.
+pub fn commits(from: u64) -> anyhow::Result<Commits> {
     let pod = get(&["pod", "-n", USER, POD])?;
     let restarts = pod.pointer("/status/containerStatuses/0/restartCount").and_then(Value::as_u64).unwrap_or(0);
     let log = kubectl(&["logs", "-n", USER, POD])?;
@@ -116,16 +116,17 @@ pub fn commits() -> anyhow::Result<Commits> {
     for (at, number) in log.lines().filter(|line| !line.starts_with("found")).filter_map(|line| line.split_once(' ')) {
         let (at, number): (f64, u64) = (at.parse()?, number.parse()?);
         ensure!(seen.last == 0 || number == seen.last + 1, "{number} after {}", seen.last);
-        seen = Commits { last: number, longest: seen.longest.max(at - before) };
+        let longest = if number > from { seen.longest.max(at - before) } else { 0.0 };
+        seen = Commits { last: number, longest };
         before = at;
     }
     Ok(seen)
 }
 
-/// It commits on, and saw no error. What has been acknowledged so far.
-pub fn commits_on() -> anyhow::Result<Commits> {
-    let before = commits()?;
-    until("the database commits on", 30, || Ok(Some(commits()?).filter(|now| now.last > before.last + 5)))
+/// It commits on, and saw no error. What has been acknowledged so far, and the longest time after number `from`.
+pub fn commits_on(from: u64) -> anyhow::Result<Commits> {
+    let before = commits(from)?;
+    until("the database commits on", 30, || Ok(Some(commits(from)?).filter(|now| now.last > before.last + 5)))
 }
 
 /// Ends the pod, and looks whether the next one finds every acknowledged commit. How many.
@@ -134,7 +135,7 @@ pub fn restart_database() -> anyhow::Result<u64> {
     // The last lines come when it ends; they are read while the pod is still there.
     let mut acknowledged = 0;
     until("the database ends", 60, || {
-        match commits() {
+        match commits(0) {
             Ok(commits) => acknowledged = acknowledged.max(commits.last),
             Err(_) => return Ok(kubectl(&["get", "pod", "-n", USER, POD]).is_err().then_some(())),
         }
@@ -151,7 +152,7 @@ pub fn restart_database() -> anyhow::Result<u64> {
         good == last && last.parse::<u64>()? >= acknowledged,
         "{acknowledged} commits were acknowledged; there are {good}, to number {last}"
     );
-    commits_on()?;
+    commits_on(0)?;
     Ok(last.parse()?)
 }
 

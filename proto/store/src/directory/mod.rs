@@ -192,6 +192,10 @@ impl Store for Directory {
         .await
     }
 
+    async fn get_in<K: Object>(&self, _: &str, name: &str) -> Result<Option<K>, Error> {
+        self.get(name).await
+    }
+
     async fn list<K: Object>(&self) -> Result<Listing<K>, Error> {
         let store = self.clone();
         blocking(move || {

@@ -183,14 +183,22 @@ fn from_dynamic<K: Object>(mut object: DynamicObject, api: &Api<DynamicObject>) 
     json.map_err(|error| Error::Unreadable { path: path.into(), reason: error.to_string() })
 }
 
+async fn read<K: Object>(api: &Api<DynamicObject>, name: &str) -> Result<Option<K>, Error> {
+    match asked::<K, _>("reading", name, api.get(valid(name)?)).await {
+        Ok(object) => from_dynamic(object, api).map(Some),
+        Err(Error::NotFound { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 impl Store for Kubernetes {
     async fn get<K: Object>(&self, name: &str) -> Result<Option<K>, Error> {
-        let (name, api) = (valid(name)?, self.api::<K, DynamicObject>());
-        match asked::<K, _>("reading", name, api.get(name)).await {
-            Ok(object) => from_dynamic(object, &api).map(Some),
-            Err(Error::NotFound { .. }) => Ok(None),
-            Err(error) => Err(error),
-        }
+        read(&self.api::<K, DynamicObject>(), name).await
+    }
+
+    async fn get_in<K: Object>(&self, namespace: &str, name: &str) -> Result<Option<K>, Error> {
+        let api = Api::namespaced_with(self.client.clone(), valid(namespace)?, &ApiResource::erase::<K>(&()));
+        read(&api, name).await
     }
 
     async fn list<K: Object>(&self) -> Result<Listing<K>, Error> {

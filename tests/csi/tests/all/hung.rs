@@ -170,6 +170,7 @@ async fn healed(lab: &mut Lab, driver: &Driver, number: usize, places: &[Place])
 async fn a_disk_hangs_with_256_requests_in_flight(loss: Loss) {
     let mut lab = Lab::new(2, 1200);
     let mut driver = Driver::start(&lab).await;
+    driver.use_probes().await;
     // One on each datapath thread. They leave no room for others' legs.
     let neighbours =
         [made(&driver, "neighbour1", 450 * MIB, Some("ext4")).await, made(&driver, "neighbour2", 450 * MIB, Some("xfs")).await];
@@ -192,6 +193,7 @@ async fn a_disk_hangs_with_256_requests_in_flight(loss: Loss) {
     tokio::time::sleep(Duration::from_secs(3)).await;
 
     let beside = neighbours.each_ref().map(|place| Neighbour::of(&place.target));
+    let lives = driver.must_live();
     let mut lost = loss.happens(&lab, hung, disk);
     let begun = Instant::now();
     tokio::time::sleep(Duration::from_secs(5)).await;
@@ -217,6 +219,8 @@ async fn a_disk_hangs_with_256_requests_in_flight(loss: Loss) {
     .await;
 
     lost.ends();
+    assert!(!lives.is_finished(), "a disk that hangs is no reason to start csi-node again: {:?}", lives.await);
+    lives.abort();
     assert!(load.succeeded() && flood.wait().unwrap().success(), "the load saw an error");
     healed(&mut lab, &driver, hung, &places).await;
     places[0].up(&driver.client).await.unwrap();

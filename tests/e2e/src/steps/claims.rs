@@ -6,7 +6,7 @@ use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
 use crate::{
-    cluster::{USER, apply, compare, get, kubectl, list, mount_of, text, until, until_pod},
+    cluster::{USER, apply, compare, get, kubectl, list, memory, mount_of, run, text, tool, until, until_pod},
     load::{claim, claim_object, delete_claim, delete_pod, pod_object},
 };
 
@@ -50,6 +50,13 @@ pub fn grows() -> anyhow::Result<String> {
     };
     let (before, start) = (size()?, Instant::now());
     kubectl(&["patch", "pvc", "-n", USER, "grows", "-p", r#"{"spec":{"resources":{"requests":{"storage":"1Gi"}}}}"#])?;
+    until("the rest is the kubelet's", 60, || {
+        let pending =
+            text(&get(&["pv", text(&get(&["pvc", "-n", USER, "grows"])?, "/spec/volumeName")])?, "/spec/capacity/storage") == "1Gi";
+        Ok(pending.then_some(()))
+    })?;
+    // It looks at a pod once a minute, or when something changes.
+    kubectl(&["annotate", "pod", "-n", USER, "grows", "look=again"])?;
     let after = until("df says more", 120, || Ok(Some(size()?).filter(|size| *size > before + 400)))?;
     let seconds = start.elapsed().as_secs_f32();
     until("the claim says so", 30, || {
@@ -90,14 +97,22 @@ pub fn raw_block() -> anyhow::Result<String> {
     Ok("256 MiB, written and read".into())
 }
 
-fn names(count: u32) -> Vec<String> {
-    (0..count).map(|number| format!("many-{number}")).collect()
+/// How many claims there are at once; MANY says otherwise.
+const MANY: usize = 20;
+
+/// Their names.
+fn names() -> anyhow::Result<Vec<String>> {
+    let count = match std::env::var("MANY") {
+        Ok(count) => count.parse().with_context(|| format!("MANY={count} is not how many"))?,
+        Err(_) => MANY,
+    };
+    Ok((0..count).map(|number| format!("many-{number}")).collect())
 }
 
 pub fn many() -> anyhow::Result<String> {
-    let count = 20;
+    let names = names()?;
     let start = Instant::now();
-    let objects: Vec<Value> = names(count)
+    let objects: Vec<Value> = names
         .iter()
         .flat_map(|name| {
             let script = "echo here >/data/file && sync && sleep infinity";
@@ -105,12 +120,13 @@ pub fn many() -> anyhow::Result<String> {
         })
         .collect();
     apply(&json!({"apiVersion": "v1", "kind": "List", "items": objects}))?;
-    until("all of them run", 240, || {
+    until("all of them run", 600, || {
         let pods = list(&["pods", "-n", USER, "--field-selector", "status.phase=Running"])?;
         let running = pods.iter().filter(|pod| text(pod, "/metadata/name").starts_with("many-")).count();
-        Ok((running == count as usize).then_some(()))
+        Ok((running == names.len()).then_some(()))
     })?;
-    Ok(format!("all run after {:.1} s", start.elapsed().as_secs_f32()))
+    let seconds = start.elapsed().as_secs_f32();
+    Ok(format!("all {} run after {seconds:.1} s; {}", names.len(), memory()?))
 }
 
 /// Bytes that are given away on the disks that work, and the copies on them: `UID.LEG`.
@@ -127,10 +143,12 @@ fn used() -> anyhow::Result<(u64, Vec<String>)> {
 
 pub fn deleted() -> anyhow::Result<String> {
     let (before, _) = used()?;
-    let names = [names(20), vec!["raw".into()]].concat();
+    let many = names()?;
+    let least = 2 * many.len() as u64 * (64 << 20);
+    let names = [many, vec!["raw".into()]].concat();
     let words: Vec<&str> = names.iter().map(String::as_str).collect();
-    kubectl(&[&["delete", "pod", "-n", USER, "--ignore-not-found", "--wait", "--timeout=120s"], &words[..]].concat())?;
-    kubectl(&[&["delete", "pvc", "-n", USER, "--ignore-not-found", "--wait", "--timeout=120s"], &words[..]].concat())?;
+    kubectl(&[&["delete", "pod", "-n", USER, "--ignore-not-found", "--wait", "--timeout=300s"], &words[..]].concat())?;
+    kubectl(&[&["delete", "pvc", "-n", USER, "--ignore-not-found", "--wait", "--timeout=300s"], &words[..]].concat())?;
     let kept = until("their volumes are gone", 90, || {
         let volumes = list(&["mirrorvolumes"])?;
         let of_those = |volume: &Value| names.iter().any(|name| text(volume, "/spec/claim") == format!("{USER}/{name}"));
@@ -139,7 +157,7 @@ pub fn deleted() -> anyhow::Result<String> {
     let known = |copy: &String| kept.iter().any(|volume| copy.starts_with(&format!("{}.", text(volume, "/metadata/uid"))));
     let after = until("no copy of them is left, and no space", 60, || {
         let (bytes, copies) = used()?;
-        Ok((copies.iter().all(known) && before > bytes + 2 * 20 * (64 << 20)).then_some(bytes))
+        Ok((copies.iter().all(known) && before > bytes + least).then_some(bytes))
     })?;
     until("no PersistentVolume is left", 60, || Ok((list(&["pv"])?.len() == kept.len()).then_some(())))?;
     Ok(format!("{} MiB are free again", (before - after) >> 20))
@@ -174,14 +192,43 @@ pub fn shortened(line: &str) -> String {
 }
 
 pub fn too_large() -> anyhow::Result<String> {
-    claim("large", "1Ti", FS)?;
-    apply(&pod_object("large", "large", FS, "true"))?;
+    claim("large", "7Gi", FS)?;
+    apply(&pod_object("large", "large", FS, "echo here >/data/file && sync"))?;
     let said = until("the pod says why it waits", 60, || {
         let said = kubectl(&["describe", "pod", "-n", USER, "large"])?;
         Ok(said.lines().find(|line| line.contains("FailedScheduling") && line.contains("storage")).map(shortened))
     })?;
     ensure!(text(&get(&["pvc", "-n", USER, "large"])?, "/status/phase") == "Pending", "it does not pend");
+    Ok(said)
+}
+
+pub fn too_large_no_more() -> anyhow::Result<String> {
+    let start = Instant::now();
+    for number in ["4", "5"] {
+        tool("disk", &["add", number, "8G"])?;
+    }
+    until_pod("large", "Succeeded", 180)?;
+    let seconds = start.elapsed().as_secs_f32();
     delete_pod("large")?;
     delete_claim("large")?;
+    Ok(format!("its pod ran {seconds:.1} s after two larger disks were plugged in"))
+}
+
+pub fn used_disk() -> anyhow::Result<String> {
+    tool("disk", &["used", "6", "512M"])?;
+    let (name, said) = until("the disk is refused", 60, || {
+        let disks = list(&["localdisks"])?;
+        let refused = disks.iter().find(|disk| text(disk, "/status/phase") == "Refused");
+        Ok(refused.map(|disk| (text(disk, "/metadata/name").to_owned(), text(disk, "/status/message").to_owned())))
+    })?;
+    ensure!(["xfs", "theirs", "wipefs --all"].iter().all(|word| said.contains(word)), "{said}");
+    until("its event says so", 30, || {
+        let described = kubectl(&["describe", "localdisk", &name])?;
+        Ok(described.lines().any(|line| line.contains("DiskRefused") && line.contains("wipefs")).then_some(()))
+    })?;
+    let label = run("blkid", &["-o", "value", "-s", "LABEL", "/dev/disk/by-id/lockstep-e2e-6"])?;
+    ensure!(label.trim() == "theirs", "its label is {label:?} now");
+    tool("disk", &["remove", "6"])?;
+    until("its object is gone", 30, || Ok(kubectl(&["get", "localdisk", &name]).is_err().then_some(())))?;
     Ok(said)
 }

@@ -1,6 +1,6 @@
 //! The driver comes and goes.
 
-use std::{path::Path, time::Instant};
+use std::{fs, path::Path, time::Instant};
 
 use anyhow::{Context, ensure};
 
@@ -17,8 +17,9 @@ fn helm(args: &[&str]) -> anyhow::Result<String> {
 
 pub fn install() -> anyhow::Result<String> {
     let start = Instant::now();
-    let disks = "disks[0].path=/dev/disk/by-id/lockstep-e2e-*";
-    helm(&["install", "lockstep", CHART, "--namespace", DRIVER, "--create-namespace", "--set", disks])?;
+    // Only where there is a kubelet: a pod on a node without one never ends.
+    let values = r"disks[0].path=/dev/disk/by-id/lockstep-e2e-*,node.nodeSelector.kubernetes\.io/os=linux";
+    helm(&["install", "lockstep", CHART, "--namespace", DRIVER, "--create-namespace", "--set", values])?;
     for object in ["daemonset/lockstep-node", "daemonset/lockstep-holder", "deployment/lockstep-controller"] {
         let ready = if object.starts_with("daemonset") { "{.status.numberReady}" } else { "{.status.readyReplicas}" };
         until(&format!("{object} is ready"), 120, || {
@@ -41,13 +42,62 @@ pub fn install() -> anyhow::Result<String> {
     Ok(format!("{} disks, {:.1} s", disks.len(), start.elapsed().as_secs_f32()))
 }
 
+/// Upgrades to a chart of a later version: another image of csi-node, and a MirrorVolume has a field more in its spec.
+pub fn upgrade_with_a_new_field(field: &str) -> anyhow::Result<()> {
+    let later = Path::new("/tmp/lockstep-e2e/chart");
+    run("rm", &["-rf", later.to_str().context("a path")?])?;
+    run("cp", &["-r", CHART, later.to_str().context("a path")?])?;
+    let replace = |file: &str, old: &str, new: &str| -> anyhow::Result<()> {
+        let file = later.join(file);
+        let text = fs::read_to_string(&file)?;
+        ensure!(text.matches(old).count() == 1, "{}: not once {old:?}", file.display());
+        Ok(fs::write(&file, text.replace(old, new))?)
+    };
+    replace("Chart.yaml", "\nversion: ", "\nversion: 1")?;
+    let before = "              capacityBytes:\n                description: The size that is wanted";
+    replace("templates/crds/mirrorvolumes.yaml", before, &format!("              {field}: {{type: string}}\n{before}"))?;
+    let version = version()?;
+    let image = format!("docker.io/lockstep/node:{version}");
+    run("ctr", &["--namespace", "k8s.io", "images", "tag", "--force", &image, &format!("{image}-next")])?;
+    let tag = format!("images.node.tag={version}-next");
+    helm(&["upgrade", "lockstep", later.to_str().context("a path")?, "--namespace", DRIVER, "--reuse-values", "--set", &tag])?;
+    Ok(())
+}
+
+/// The version of the images.
+fn version() -> anyhow::Result<String> {
+    let chart = fs::read_to_string(Path::new(CHART).join("Chart.yaml"))?;
+    let version = chart.lines().find_map(|line| line.strip_prefix("appVersion: ")).context("no appVersion")?;
+    Ok(version.trim_matches('"').to_owned())
+}
+
+/// A probe that does not hold, or a process that ends by itself, would show here. The sidecars end themselves when they cannot say to the API that they lead.
+pub fn restarts() -> anyhow::Result<String> {
+    let mut said = Vec::new();
+    for pod in list(&["pods", "-n", DRIVER])? {
+        for container in pod["status"]["containerStatuses"].as_array().into_iter().flatten() {
+            let (name, count) = (text(container, "/name"), container["restartCount"].as_u64().unwrap_or_default());
+            // It was killed while the API was away.
+            let most = match name {
+                "csi-node" => 1,
+                "csi-controller" | "fuse-holder" => 0,
+                _ => continue,
+            };
+            ensure!(count <= most, "{name} was started again {count} times: {}", container["lastState"]);
+            said.push(format!("{name} {count}"));
+        }
+    }
+    ensure!(said.len() >= 4, "only {}", said.join(", "));
+    Ok(said.join(", "))
+}
+
 pub fn uninstall_refused() -> anyhow::Result<String> {
     let refused = helm(&["uninstall", "lockstep", "--namespace", DRIVER, "--timeout", "60s"]);
     ensure!(refused.is_err(), "it was not refused");
     let pods = list(&["pods", "-n", DRIVER, "-l", "app.kubernetes.io/component=uninstall"])?;
     let pod = pods.last().context("there is no pod of it")?;
     let said = kubectl(&["logs", "-n", DRIVER, text(pod, "/metadata/name")])?;
-    load::commits_on()?;
+    load::commits_on(0)?;
     Ok(said.lines().last().unwrap_or_default().to_owned())
 }
 

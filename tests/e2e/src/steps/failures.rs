@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
-use super::claims::shortened;
+use super::{claims::shortened, driver};
 use crate::{
     cluster::{
         DRIVER, USER, compare, copies, csi_node, describe, events, fail_disk, get, health, kubectl, list, pod_of, text, tool, until,
@@ -23,16 +23,18 @@ const WORK: &str = "work";
 pub fn database() -> anyhow::Result<String> {
     load::start_database()?;
     claim(WORK, "512Mi", "Filesystem")?;
-    Ok(format!("{} commits so far", load::commits()?.last))
+    Ok(format!("{} commits so far", load::commits(0)?.last))
 }
 
 /// Under fio and the database; what follows them says whether they saw anything.
 fn under_load(seconds: u32, event: impl FnOnce() -> anyhow::Result<String>) -> anyhow::Result<String> {
-    let before = commits_on()?;
+    let before = commits_on(0)?;
     let fio = Fio::start(WORK, seconds)?;
     let what = event()?;
     fio.runs()?;
-    let now = commits_on()?;
+    let now = commits_on(before.last)?;
+    // Whatever is ended or away, nobody waits for it for so long.
+    ensure!(now.longest < 30.0, "{what}; but a commit took {:.1} s", now.longest);
     fio.ended()?;
     if health(&volume_of(WORK)?) == "Healthy" {
         compare(WORK)?;
@@ -65,12 +67,23 @@ pub fn node_pod_deleted() -> anyhow::Result<String> {
     })
 }
 
-pub fn node_updated() -> anyhow::Result<String> {
+/// A field that only the later chart's definition has; what is there stays there.
+const ADDED: &str = "/spec/added";
+
+pub fn upgraded() -> anyhow::Result<String> {
     under_load(60, || {
         let before = csi_node()?;
-        kubectl(&["set", "env", "-n", DRIVER, "daemonset/lockstep-node", "LOCKSTEP_LOG=debug"])?;
+        let name = text(&volume_of(CLAIM)?, "/metadata/name").to_owned();
+        let set = || kubectl(&["patch", "mirrorvolume", &name, "--type=merge", "-p", r#"{"spec":{"added":"kept"}}"#]);
+        set()?;
+        ensure!(volume_of(CLAIM)?["spec"]["added"].is_null(), "the field was there before");
+        driver::upgrade_with_a_new_field("added")?;
         until_another(before)?;
-        Ok("another one serves".into())
+        let image = kubectl(&["get", "pod", "-n", DRIVER, &pod_of("node")?, "-o", "jsonpath={.spec.containers[0].image}"])?;
+        ensure!(image.ends_with("-next"), "csi-node's image is {image}");
+        set()?;
+        ensure!(text(&volume_of(CLAIM)?, ADDED) == "kept", "the field is not in the definition");
+        Ok("another one serves, and the field is there".into())
     })
 }
 
@@ -100,8 +113,17 @@ fn told(claim: &str, reason: &str) -> anyhow::Result<String> {
     until(&format!("{claim} has an event {reason}"), 60, || Ok(describe(claim)?.lines().find(|line| line.contains(reason)).map(shortened)))
 }
 
+/// What the kubelet asked csi-node for, and wrote into the pod's status: this of a volume's health, or nothing that is wrong.
+fn until_pod_health(pod: &str, wanted: Option<&str>) -> anyhow::Result<()> {
+    until(&format!("the status of pod {pod} says {}", wanted.unwrap_or("nothing wrong")), 60, || {
+        let status = get(&["pod", "-n", USER, pod])?;
+        let said = status.pointer("/status/volumeHealth/0/healthConditions/0/status").and_then(Value::as_str);
+        Ok((said == wanted).then_some(()))
+    })
+}
+
 pub fn disk_fails() -> anyhow::Result<String> {
-    under_load(40, || {
+    under_load(60, || {
         let disk = second_disk(&volume_of(WORK)?)?;
         fail_disk(&disk)?;
         for claim in [WORK, CLAIM] {
@@ -111,13 +133,21 @@ pub fn disk_fails() -> anyhow::Result<String> {
         let failed = get(&["localdisk", &disk])?;
         ensure!(text(&failed, "/status/phase") == "Failed", "the disk is {}", text(&failed, "/status/phase"));
         println!("\n{}", kubectl(&["get", "mv,ld", "-o", "wide"])?);
+        for pod in [WORK, load::POD] {
+            until_pod_health(pod, Some("Degraded"))?;
+        }
+        until("the CSINode says that its storage is degraded", 60, || {
+            let node = get(&["csinode", "node-1"])?;
+            let said = node.pointer("/status/storageHealth/0/healthConditions/0/status").is_some_and(|status| status == "StorageDegraded");
+            Ok(said.then_some(()))
+        })?;
         told(WORK, "MirrorDegraded")
     })
 }
 
 pub fn new_disk() -> anyhow::Result<String> {
     let disks = list(&["localdisks"])?.len();
-    under_load(40, || {
+    under_load(60, || {
         tool("disk", &["add", "2"])?;
         for claim in [WORK, CLAIM] {
             until_health(claim, "Healthy", 120)?;
@@ -125,6 +155,7 @@ pub fn new_disk() -> anyhow::Result<String> {
                 told(claim, reason)?;
             }
         }
+        until_pod_health(load::POD, None)?;
         ensure!(list(&["localdisks"])?.len() == disks + 1, "the new disk has no object");
         println!("\n{}\n{}", kubectl(&["get", "mv,ld"])?, describe(CLAIM)?);
         told(CLAIM, "RebuildCompleted")
@@ -159,6 +190,7 @@ pub fn without_api() -> anyhow::Result<String> {
     let told = events(CLAIM, "MirrorDegraded")? - before;
     ensure!(told == 1, "the loss was told {told} times");
     tool("disk", &["add", "3"])?;
-    until_health(CLAIM, "Healthy", 120).context("on another disk")?;
+    let healthy = until_health(CLAIM, "Healthy", 120).context("on another disk")?;
+    ensure!(text(&healthy, ADDED) == "kept", "csi-node or csi-controller threw away a field that they do not know");
     Ok(what)
 }

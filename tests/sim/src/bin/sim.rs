@@ -58,8 +58,10 @@ struct Arguments {
     threads: usize,
 }
 
-/// A seed takes some milliseconds.
-const ENDLESS: Duration = Duration::from_secs(120);
+/// So many looks at a seed that still runs: two minutes, and a seed takes some milliseconds. No time, since this process may be stopped for a while.
+const ENDLESS: u32 = 6000;
+/// How long until the next look at what runs.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// What all threads share.
 struct Run {
@@ -70,16 +72,17 @@ struct Run {
     next: AtomicU64,
     end: AtomicU64,
     done: AtomicU64,
-    /// What runs: which seed, since when.
-    running: Mutex<BTreeMap<u64, Instant>>,
+    /// What runs: which seed, and how often that was seen.
+    running: Mutex<BTreeMap<u64, u32>>,
     found: Mutex<(Summary, BTreeMap<u64, Broken>)>,
 }
 
 impl Run {
     /// A seed that runs for far longer than any should.
     fn endless(&self) -> Option<u64> {
-        let running = self.running.lock().expect("no thread panics");
-        running.iter().find(|(_, since)| since.elapsed() >= ENDLESS).map(|(seed, _)| *seed)
+        let mut running = self.running.lock().expect("no thread panics");
+        running.values_mut().for_each(|looks| *looks += 1);
+        running.iter().find(|(_, looks)| **looks >= ENDLESS).map(|(seed, _)| *seed)
     }
 
     /// Takes seeds until there are none left.
@@ -91,7 +94,7 @@ impl Run {
                 break;
             }
             let seed = seed_of(n);
-            self.running.lock().expect("no thread panics").insert(seed, Instant::now());
+            self.running.lock().expect("no thread panics").insert(seed, 0);
             let (coverage, broken) = run_seed(seed, self.watch);
             self.running.lock().expect("no thread panics").remove(&seed);
             self.done.fetch_add(1, Ordering::Relaxed);
@@ -151,7 +154,7 @@ fn main() -> ExitCode {
         let workers: Vec<_> = (0..threads.min(seeds as usize)).map(|_| scope.spawn(|| run.work(seed_of))).collect();
         let mut told = start;
         while workers.iter().any(|worker| !worker.is_finished()) {
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(LOOK);
             if let Some(seed) = run.endless() {
                 // The core does not come back: no thread can be ended.
                 println!(
