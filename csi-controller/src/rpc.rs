@@ -1,5 +1,7 @@
 //! The services: each call to the method that does it. What is not here is UNIMPLEMENTED.
 
+use std::time::Duration;
+
 use lockstep_proto::{
     DRIVER_NAME,
     csi::{
@@ -19,6 +21,9 @@ use lockstep_store::Store;
 use tonic::{Request, Response, Status, async_trait};
 
 use crate::{Controller, wait::Deadline};
+
+/// Whoever probes does not wait long.
+const STORE_ANSWERS: Duration = Duration::from_secs(3);
 
 /// What the controller can do: exactly what is implemented below.
 const CAPABILITIES: [rpc::Type; 6] = [
@@ -50,11 +55,14 @@ impl<S: Store> Identity for Controller<S> {
 
     /// Ready as long as the store answers.
     async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
-        let answered = self.store.get::<MirrorVolume>("probe").await;
-        // Whatever else it says of this object: it answered.
-        let failed = answered.err().filter(|error| matches!(error, lockstep_store::Error::Io { .. }));
+        let failed = match tokio::time::timeout(STORE_ANSWERS, self.store.get::<MirrorVolume>("probe")).await {
+            Err(_) => Some(format!("nothing within {} s", STORE_ANSWERS.as_secs())),
+            Ok(Err(error @ lockstep_store::Error::Io { .. })) => Some(error.to_string()),
+            // Whatever else it says of this object: it answered.
+            Ok(_) => None,
+        };
         if let Some(error) = &failed {
-            tracing::warn!(%error, "the store does not answer");
+            tracing::warn!(error, "the store does not answer");
         }
         Ok(Response::new(ProbeResponse { ready: Some(failed.is_none()) }))
     }

@@ -215,7 +215,7 @@ pub fn too_large_no_more() -> anyhow::Result<String> {
 }
 
 pub fn used_disk() -> anyhow::Result<String> {
-    tool("disk", &["used", "6", "512M"])?;
+    tool("disk", &["used", "6", "2G"])?;
     let (name, said) = until("the disk is refused", 60, || {
         let disks = list(&["localdisks"])?;
         let refused = disks.iter().find(|disk| text(disk, "/status/phase") == "Refused");

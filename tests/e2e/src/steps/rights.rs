@@ -57,5 +57,8 @@ pub fn all() -> anyhow::Result<String> {
     ensure!(forbidden.is_empty(), "forbidden: {forbidden:?}");
     let granted = granted()?;
     ensure!(used.iter().any(|right| granted.contains(right)), "the audit log has nothing of them");
+    for (account, verb, what) in granted.difference(&used) {
+        println!("unused: {account} {verb} {what}");
+    }
     Ok(format!("{} of {} rights were used", granted.intersection(&used).count(), granted.len()))
 }
