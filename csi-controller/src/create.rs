@@ -114,18 +114,18 @@ impl<S: Store> Controller<S> {
     /// The nodes to try, in order. Where the scheduler has chosen one for the pod it is that one or none: the pod would wait for ever for a volume on
     /// another. If it cannot have it, the scheduler is asked to choose again. What is bound before there is a pod may be on any.
     async fn candidates(&self, wanted: &Wanted, nodes: &Nodes) -> Result<Vec<String>, Error> {
-        match wanted.placement.chosen() {
-            Some(chosen) if self.waited_for_its_pod(wanted).await? => Ok(vec![chosen.to_owned()]),
-            _ => Ok(wanted.placement.order(nodes)),
+        let mut candidates = wanted.placement.order(nodes);
+        if let Some(selected) = self.selected_node(wanted).await? {
+            candidates.retain(|node| *node == selected);
         }
+        Ok(candidates)
     }
 
-    /// Whether the volume's claim was bound to a node by the scheduler. The call itself does not say so.
-    async fn waited_for_its_pod(&self, wanted: &Wanted) -> Result<bool, Error> {
-        let Some((namespace, name)) = wanted.claim.as_deref().and_then(|claim| claim.split_once('/')) else { return Ok(false) };
+    /// The node that the scheduler has chosen. The call itself does not say whether it has: only the claim does.
+    async fn selected_node(&self, wanted: &Wanted) -> Result<Option<String>, Error> {
+        let Some((namespace, name)) = wanted.claim.as_deref().and_then(|claim| claim.split_once('/')) else { return Ok(None) };
         let claim: Option<PersistentVolumeClaim> = self.store.get_in(namespace, name).await?;
-        let annotations = claim.and_then(|claim| claim.metadata.annotations).unwrap_or_default();
-        Ok(annotations.contains_key(SELECTED_NODE))
+        Ok(claim.and_then(|claim| claim.metadata.annotations?.remove(SELECTED_NODE)))
     }
 
     /// Waits until it is known what becomes of the object.

@@ -53,11 +53,6 @@ impl Placement {
         allowed.is_empty() || allowed.iter().any(|allowed| allowed == node)
     }
 
-    /// The one that the scheduler has chosen for the pod, as the provisioner says it: the first that is preferred.
-    pub(crate) fn chosen(&self) -> Option<&str> {
-        self.preferred.first().map(String::as_str)
-    }
-
     /// The nodes to try, in order: as preferred, then by room, then those that have no disk of ours (which the answer then says).
     pub(crate) fn order(&self, nodes: &Nodes) -> Vec<String> {
         let mut order: Vec<String> = Vec::new();

@@ -99,7 +99,7 @@ impl Error {
             Self::Datapath(
                 Mirror::Refused(_) | Mirror::Damaged { .. } | Mirror::AllDamaged { .. } | Mirror::Meta { .. } | Mirror::Truncated { .. },
             ) => Code::FailedPrecondition,
-            Self::Starting | Self::Datapath(Mirror::LegBusy { .. } | Mirror::Gone | Mirror::Stuck) => Code::Unavailable,
+            Self::Starting | Self::Datapath(Mirror::LegBusy { .. } | Mirror::Gone | Mirror::Stuck(_)) => Code::Unavailable,
             Self::Datapath(Mirror::Io { .. } | Mirror::Mirror(_) | Mirror::NoFlush { .. } | Mirror::Holder(_) | Mirror::Panicked) => {
                 Code::Internal
             }

@@ -73,9 +73,9 @@ pub enum Error {
     /// The volume is closed, or its datapath thread is gone.
     #[error("the volume is not open any more")]
     Gone,
-    /// A datapath thread does not answer.
-    #[error("a datapath thread does not answer")]
-    Stuck,
+    /// A datapath thread, of this number in the kernel, does not answer.
+    #[error("datapath thread {0} does not answer")]
+    Stuck(i32),
     /// What looks at the legs panicked: a bug. Nothing but this volume is touched by it.
     #[error("the mirror's code panicked: see the log")]
     Panicked,

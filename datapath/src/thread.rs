@@ -42,18 +42,12 @@ fn never_wait_for_our_own_volumes() {
     }
 }
 
-/// To a datapath thread.
-enum Message {
-    /// Serve this volume too.
-    Start(Box<volume::Start>),
-    /// Answer.
-    Heartbeat(oneshot::Sender<()>),
-}
-
 /// How the rest of the process reaches a datapath thread.
 #[derive(Debug)]
 pub(crate) struct Thread {
-    messages: mpsc::Sender<Message>,
+    starts: mpsc::Sender<volume::Start>,
+    /// To be answered. One at a time: who is asked once more before has not answered.
+    heartbeats: mpsc::Sender<oneshot::Sender<()>>,
     /// The kernel's number of it; 0 until it runs.
     id: Arc<AtomicI32>,
     volumes: Arc<AtomicUsize>,
@@ -71,7 +65,8 @@ impl Drop for Carried {
 impl Thread {
     /// Starts the thread with this number, with a ring of this many entries.
     pub(crate) fn start(number: usize, ring_entries: u32) -> io::Result<Self> {
-        let (messages, mut incoming) = mpsc::channel(16);
+        let (starts, mut incoming) = mpsc::channel::<volume::Start>(16);
+        let (heartbeats, mut asked) = mpsc::channel::<oneshot::Sender<()>>(1);
         let id = Arc::new(AtomicI32::new(0));
         let own = Arc::clone(&id);
         let volumes = Arc::new(AtomicUsize::new(0));
@@ -91,14 +86,12 @@ impl Thread {
                     warn!(%error, "the payload memory is neither locked nor known to the ring: slower, and it can be swapped out");
                 }
                 let landing = Rc::new(RefCell::new(Landing::default()));
-                while let Some(message) = incoming.recv().await {
-                    let start = match message {
-                        Message::Start(start) => *start,
-                        Message::Heartbeat(answer) => {
-                            let _who_asked_may_be_gone = answer.send(());
-                            continue;
-                        }
-                    };
+                tokio_uring::spawn(async move {
+                    while let Some(answer) = asked.recv().await {
+                        let _who_asked_may_be_gone = answer.send(());
+                    }
+                });
+                while let Some(start) = incoming.recv().await {
                     let span = tracing::info_span!("volume", id = start.name);
                     let (pool, landing, count) = (Rc::clone(&pool), Rc::clone(&landing), Arc::clone(&count));
                     tokio_uring::spawn(
@@ -111,7 +104,7 @@ impl Thread {
                 }
             });
         })?;
-        Ok(Self { messages, id, volumes })
+        Ok(Self { starts, heartbeats, id, volumes })
     }
 
     /// How many volumes it carries.
@@ -122,14 +115,14 @@ impl Thread {
     /// Gives it one more. `Err`: the thread is gone.
     pub(crate) async fn add(&self, start: volume::Start) -> Result<(), ()> {
         self.volumes.fetch_add(1, Ordering::Relaxed);
-        self.messages.send(Message::Start(Box::new(start))).await.map_err(drop)
+        self.starts.send(start).await.map_err(drop)
     }
 
     /// Waits until it answers. One that waits in the kernel need not: that is a disk's doing, and it would not end if it were told to.
     pub(crate) async fn heartbeat(&self, limit: Duration) -> Result<(), Error> {
         let asked = async {
             let (answer, answered) = oneshot::channel();
-            self.messages.send(Message::Heartbeat(answer)).await.map_err(|_| Error::Gone)?;
+            self.heartbeats.send(answer).await.map_err(|_| Error::Gone)?;
             answered.await.map_err(|_| Error::Gone)
         };
         match tokio::time::timeout(limit, asked).await {
@@ -138,16 +131,20 @@ impl Thread {
                 warn!(thread = self.id.load(Ordering::Relaxed), "a datapath thread waits in the kernel");
                 Ok(())
             }
-            Err(_) => Err(Error::Stuck),
+            Err(_) => Err(Error::Stuck(self.id.load(Ordering::Relaxed))),
         }
     }
 
     /// Whether no signal would reach it now.
     fn waits_in_the_kernel(&self) -> bool {
-        let stat = fs::read_to_string(format!("/proc/self/task/{}/stat", self.id.load(Ordering::Relaxed))).unwrap_or_default();
-        // Its name is in parentheses, whatever is in it.
-        stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('D'))
+        let stat = fs::read_to_string(format!("/proc/self/task/{}/stat", self.id.load(Ordering::Relaxed)));
+        stat.is_ok_and(|stat| is_uninterruptible(&stat))
     }
+}
+
+/// What /proc/PID/stat says of it. Its name is in parentheses, whatever is in it.
+fn is_uninterruptible(stat: &str) -> bool {
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('D'))
 }
 
 #[cfg(test)]
@@ -157,10 +154,16 @@ mod tests {
     const LIMIT: Duration = Duration::from_millis(200);
 
     /// A thread that does this and nothing else.
-    fn thread(work: impl FnOnce(mpsc::Receiver<Message>) + Send + 'static) -> Thread {
-        let (messages, incoming) = mpsc::channel(16);
-        std::thread::spawn(move || work(incoming));
-        Thread { messages, id: Arc::default(), volumes: Arc::default() }
+    fn thread(work: impl FnOnce(mpsc::Receiver<oneshot::Sender<()>>) + Send + 'static) -> Thread {
+        let (heartbeats, asked) = mpsc::channel(1);
+        std::thread::spawn(move || work(asked));
+        Thread { starts: mpsc::channel(1).0, heartbeats, id: Arc::default(), volumes: Arc::default() }
+    }
+
+    #[test]
+    fn what_waits_in_the_kernel_is_told_from_what_has_such_a_name() {
+        assert!(is_uninterruptible("7 (datapath-0) D 1 7"));
+        assert!(!is_uninterruptible("7 (datapath-0) R 1 7") && !is_uninterruptible("7 (a) D 1) S 1 7") && !is_uninterruptible(""));
     }
 
     #[tokio::test]
@@ -168,12 +171,14 @@ mod tests {
         assert!(matches!(Thread::start(0, 16).unwrap().heartbeat(Duration::from_secs(10)).await, Ok(())));
         assert!(matches!(thread(drop).heartbeat(LIMIT).await, Err(Error::Gone)));
         let (end, ended) = std::sync::mpsc::channel::<()>();
-        let computing = thread(move |incoming| {
+        let computing = thread(move |asked| {
             // Until the test is over.
             assert!(ended.recv().is_err());
-            drop(incoming);
+            drop(asked);
         });
-        assert!(matches!(computing.heartbeat(LIMIT).await, Err(Error::Stuck)));
+        for _ in 0..2 {
+            assert!(matches!(computing.heartbeat(LIMIT).await, Err(Error::Stuck(_))));
+        }
         drop(end);
     }
 }

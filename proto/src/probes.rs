@@ -14,7 +14,7 @@ use std::{
 
 use http_body_util::Full;
 use hyper::{Request, Response, StatusCode, body::Bytes, server::conn::http1, service::service_fn};
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
@@ -29,7 +29,8 @@ use crate::{
 
 /// The longest that an answer takes.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// The longest that a connection lasts, whatever its other end does.
+/// The longest that a connection may take to ask, and that it lasts, whatever its other end does.
+const ASKED: Duration = Duration::from_secs(1);
 const CONNECTION: Duration = Duration::from_secs(10);
 /// So many connections at once: whoever can reach the port takes no more of the process's files.
 const CONNECTIONS: usize = 32;
@@ -102,7 +103,9 @@ async fn connection(stream: TcpStream, endpoint: &Endpoint, process: &impl Proce
             _ => said(StatusCode::NOT_FOUND, "there are /livez and /readyz"),
         })
     });
-    http1::Builder::new().keep_alive(false).serve_connection(TokioIo::new(stream), service).await
+    let mut server = http1::Builder::new();
+    server.timer(TokioTimer::new()).header_read_timeout(ASKED).keep_alive(false);
+    server.serve_connection(TokioIo::new(stream), service).await
 }
 
 async fn answer(asked: impl Future<Output = Result<(), String>>) -> Response<Full<Bytes>> {
@@ -121,10 +124,13 @@ fn said(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
 
 /// Its socket answers a call that waits for nothing, and its threads do what they are for.
 async fn alive(endpoint: &Endpoint, process: &impl Process) -> Result<(), String> {
+    tokio::try_join!(answers(endpoint), process.alive()).map(drop)
+}
+
+async fn answers(endpoint: &Endpoint) -> Result<(), String> {
     let failed = |error: &dyn Display| format!("GetPluginInfo on {endpoint}: {error}");
     let mut client = identity(endpoint).await.map_err(|error| failed(&error))?;
-    client.get_plugin_info(GetPluginInfoRequest {}).await.map_err(|status| failed(&status.message()))?;
-    process.alive().await
+    client.get_plugin_info(GetPluginInfoRequest {}).await.map(drop).map_err(|status| failed(&status.message()))
 }
 
 async fn ready(endpoint: &Endpoint, process: &impl Process) -> Result<(), String> {

@@ -50,15 +50,15 @@ tolerations: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 
-{{/* Asked by the kubelet. A process that does not answer for five minutes is started again; neither its disks nor the API nor registration are a reason. */}}
+{{/* Asked by the kubelet. A process that does not answer for five minutes, or at its start for two, is started again; neither its disks nor the API nor registration are a reason. */}}
 {{- define "lockstep.probes" -}}
 ports:
   - {name: probes, containerPort: 9808}
 startupProbe:
   httpGet: {path: /livez, port: probes}
-  periodSeconds: 1
+  periodSeconds: 2
   timeoutSeconds: 10
-  failureThreshold: 300
+  failureThreshold: 60
 livenessProbe:
   httpGet: {path: /livez, port: probes}
   periodSeconds: 10

@@ -118,7 +118,7 @@ async fn what_an_older_version_does_not_know_is_kept_and_what_it_cannot_read_is_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lease_is_in_the_namespace_of_the_kubeconfig() {
+async fn a_lease_is_in_the_namespace_of_the_kubeconfig_and_another_namespace_can_be_asked() {
     let store = store().await;
     let metadata = ObjectMeta { name: Some("a-node".into()), ..ObjectMeta::default() };
     let spec = |holder: &str| Some(LeaseSpec { holder_identity: Some(holder.into()), ..LeaseSpec::default() });
@@ -129,6 +129,8 @@ async fn a_lease_is_in_the_namespace_of_the_kubeconfig() {
     let lease: Lease = store.get("a-node").await.unwrap().unwrap();
     assert_eq!(lease.spec.and_then(|spec| spec.holder_identity).as_deref(), Some("two"));
     assert_eq!(store.list::<Lease>().await.unwrap().objects.len(), 1);
+    assert!(store.get_in::<Lease>("default", "a-node").await.unwrap().is_some());
+    assert!(store.get_in::<Lease>("kube-system", "a-node").await.unwrap().is_none());
     store.delete::<Lease>("a-node", None).await.unwrap();
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    fs,
+    fs, io,
     net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -25,6 +25,8 @@ use crate::{
 
 /// The name of the lab's node.
 pub const NODE: &str = "node-1";
+/// The chart's `timeoutSeconds` of a probe.
+const PROBE: Duration = Duration::from_secs(10);
 /// Waiting longer than this is a hang.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -134,15 +136,19 @@ impl<S: Store> Driver<S> {
         self.start_node().await;
     }
 
-    /// Asks csi-node every half second whether it lives. The task ends, with an error, when that is not so.
+    /// Asks csi-node every half second whether it lives, and gives it as long as the kubelet does. The task ends, with an error, when it does not.
     pub fn must_live(&self) -> JoinHandle<()> {
         let address = self.probes.expect("use_probes first");
+        let ask = async move || -> io::Result<String> {
+            let mut connection = TcpStream::connect(address).await?;
+            connection.write_all(b"GET /livez HTTP/1.0\r\n\r\n").await?;
+            let mut answer = String::new();
+            connection.read_to_string(&mut answer).await?;
+            Ok(answer)
+        };
         tokio::spawn(async move {
             loop {
-                let mut connection = TcpStream::connect(address).await.expect("it listens");
-                connection.write_all(b"GET /livez HTTP/1.0\r\n\r\n").await.expect("it listens");
-                let mut answer = String::new();
-                connection.read_to_string(&mut answer).await.expect("it answers");
+                let answer = tokio::time::timeout(PROBE, ask()).await.expect("an answer in time").expect("it listens");
                 assert!(answer.starts_with("HTTP/1.0 200"), "{answer}");
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }

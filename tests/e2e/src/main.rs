@@ -9,8 +9,13 @@ use std::{process::ExitCode, time::Instant};
 
 use steps::{Step, all};
 
+/// Words of the steps that are to run; none: all of them.
+fn some() -> Vec<String> {
+    std::env::args().skip(1).collect()
+}
+
 fn main() -> ExitCode {
-    let only: Vec<String> = std::env::args().skip(1).collect();
+    let only = some();
     let (began, mut passed, mut failed, mut skipped) = (Instant::now(), 0, 0, 0);
     let mut usable = true;
     for Step { name, needed, run } in all() {

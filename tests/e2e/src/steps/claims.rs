@@ -51,9 +51,9 @@ pub fn grows() -> anyhow::Result<String> {
     let (before, start) = (size()?, Instant::now());
     kubectl(&["patch", "pvc", "-n", USER, "grows", "-p", r#"{"spec":{"resources":{"requests":{"storage":"1Gi"}}}}"#])?;
     until("the rest is the kubelet's", 60, || {
-        let pending =
-            text(&get(&["pv", text(&get(&["pvc", "-n", USER, "grows"])?, "/spec/volumeName")])?, "/spec/capacity/storage") == "1Gi";
-        Ok(pending.then_some(()))
+        let claim = get(&["pvc", "-n", USER, "grows"])?;
+        let volume = get(&["pv", text(&claim, "/spec/volumeName")])?;
+        Ok((text(&volume, "/spec/capacity/storage") == "1Gi").then_some(()))
     })?;
     // It looks at a pod once a minute, or when something changes.
     kubectl(&["annotate", "pod", "-n", USER, "grows", "look=again"])?;

@@ -35,7 +35,9 @@ pub fn all() -> Vec<Step> {
         step("both copies of it are identical, says cmp", claims::first_compared),
         needed("a database on a claim of its own", failures::database),
         step("a disk fails under the load: no error, and the claim says so", failures::disk_fails),
+        step("the pod's status and the CSINode's say so", failures::health_is_read),
         step("a new disk: the copies are made again, and the claim says so", failures::new_disk),
+        step("the pod's status says nothing of its volume any more", failures::health_is_well),
         step("the database's pod is replaced: every acknowledged commit is there, and the copies are identical", failures::commits_kept),
         step("a claim grows while it is used", claims::grows),
         step("a raw block device", claims::raw_block),
@@ -55,7 +57,7 @@ pub fn all() -> Vec<Step> {
         step("a claim for the dead node says what it waits for, and is bound when it is back", nodes::is_dead),
         step("nothing of the driver was started again but what a step had ended", driver::restarts),
         step("uninstalling is refused while there are volumes", driver::uninstall_refused),
-        step("the driver's accounts were forbidden nothing", rights::all),
+        step("the driver's accounts were forbidden nothing, and used every right that they have", rights::all),
         step("without volumes it is not, and leaves what it says", driver::uninstall),
     ]
 }

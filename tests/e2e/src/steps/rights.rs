@@ -72,7 +72,8 @@ pub fn all() -> anyhow::Result<String> {
     // An API server that cannot send what there is with the changes is asked for a list first.
     let watched = |(account, verb, what): &Right| verb == "list" && granted.contains(&(account.clone(), "watch".into(), what.clone()));
     let needless: Vec<_> = granted.difference(&used).filter(|right| !seldom.contains(right) && !watched(right)).collect();
-    ensure!(needless.is_empty(), "granted, and never used: {needless:?}");
+    // Some steps alone use some rights alone.
+    ensure!(needless.is_empty() || !crate::some().is_empty(), "granted, and never used: {needless:?}");
     let stale: Vec<_> = seldom.difference(&granted).collect();
     ensure!(stale.is_empty(), "not granted any more: {stale:?}");
     Ok(format!("{} of {} rights were used", granted.intersection(&used).count(), granted.len()))
