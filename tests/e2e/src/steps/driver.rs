@@ -3,6 +3,7 @@
 use std::{fs, path::Path, time::Instant};
 
 use anyhow::{Context, ensure};
+use serde_json::Value;
 
 use crate::{
     cluster::{DRIVER, USER, get, kubectl, list, run, text, until},
@@ -40,6 +41,17 @@ pub fn install() -> anyhow::Result<String> {
         Ok(list(&["csistoragecapacities", "-n", DRIVER])?.iter().any(|room| !room["capacity"].is_null()).then_some(()))
     })?;
     Ok(format!("{} disks, {:.1} s", disks.len(), start.elapsed().as_secs_f32()))
+}
+
+/// What the chart itself can say of whether it works.
+pub fn helm_test() -> anyhow::Result<String> {
+    let said = helm(&["test", "lockstep", "--namespace", DRIVER, "--timeout", "120s"])?;
+    ensure!(said.contains("Succeeded"), "{said}");
+    until("its volume is gone", 60, || {
+        let of_it = |volume: &Value| text(volume, "/spec/claim").starts_with(&format!("{DRIVER}/"));
+        Ok((!list(&["mirrorvolumes"])?.iter().any(of_it)).then_some(()))
+    })?;
+    Ok(String::new())
 }
 
 /// Upgrades to a chart of a later version: another image of csi-node, and a MirrorVolume has a field more in its spec.

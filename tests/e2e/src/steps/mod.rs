@@ -31,6 +31,7 @@ pub fn all() -> Vec<Step> {
     vec![
         needed("helm installs the chart, and the node's two disks are claimed", driver::install),
         needed("a claim, and a pod that writes to it", claims::first),
+        step("helm test: a volume, and a pod that starts with it", driver::helm_test),
         step("what the driver's processes have of the memory then", cluster::memory),
         step("both copies of it are identical, says cmp", claims::first_compared),
         needed("a database on a claim of its own", failures::database),
