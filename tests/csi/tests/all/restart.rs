@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::ErrorKind,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -93,7 +94,12 @@ async fn fifty_volumes_under_load_are_all_served_on_by_the_next_csi_node() {
 fn move_all(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap().flatten().filter(|entry| entry.file_name() != ".lock") {
-        fs::rename(entry.path(), to.join(entry.file_name())).unwrap();
+        let to = to.join(entry.file_name());
+        // csi-node is at work in both: what it has put there meanwhile it puts there again.
+        while let Err(error) = fs::rename(entry.path(), &to) {
+            assert_eq!(error.kind(), ErrorKind::DirectoryNotEmpty, "{error}");
+            drop(fs::remove_dir_all(&to));
+        }
     }
 }
 
