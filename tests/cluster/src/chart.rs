@@ -1,6 +1,7 @@
 //! The chart, as helm renders it.
 
 use std::{
+    fmt::Debug,
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -15,6 +16,7 @@ use kube::{
     api::{ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams, PostParams, ValidationDirective},
     discovery::{self, Scope},
 };
+use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
 /// The release.
@@ -22,12 +24,17 @@ pub const RELEASE: &str = "lockstep";
 /// Its namespace.
 pub const NAMESPACE: &str = "lockstep-system";
 
-/// Makes the release's namespace, if it is not there.
+/// Makes the release's namespace, if it is not there, and what a controller manager would make in it: the account of pods that name none,
+/// without which the API takes no pod.
 pub async fn make_namespace(client: &Client) {
-    let namespace: Namespace = serde_json::from_value(json!({"metadata": {"name": NAMESPACE}})).expect("a namespace");
-    match Api::all(client.clone()).create(&PostParams::default(), &namespace).await {
+    make(&Api::<Namespace>::all(client.clone()), json!({"metadata": {"name": NAMESPACE}})).await;
+    make(&Api::<ServiceAccount>::namespaced(client.clone(), NAMESPACE), json!({"metadata": {"name": "default"}})).await;
+}
+
+async fn make<K: Clone + Debug + Serialize + DeserializeOwned>(api: &Api<K>, object: Value) {
+    match api.create(&PostParams::default(), &serde_json::from_value(object).expect("an object")).await {
         Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {}
-        made => drop(made.expect("a namespace")),
+        made => drop(made.expect("it is made")),
     }
 }
 
