@@ -20,6 +20,10 @@ use std::{
 
 use rustix::fs::{FlockOperation, flock};
 use serde::{Serialize, de::DeserializeOwned};
+use tokio::{
+    runtime::{Handle, RuntimeFlavor},
+    task,
+};
 
 /// What goes wrong with the state directory.
 #[derive(Debug, thiserror::Error)]
@@ -146,6 +150,14 @@ impl StateDir {
     }
 }
 
+/// Waits for the node's own disk, and whoever else is served by this thread does not: that disk may hang too.
+fn waiting<T>(work: impl FnOnce() -> T) -> T {
+    match Handle::try_current().map(|runtime| runtime.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => task::block_in_place(work),
+        _ => work(),
+    }
+}
+
 /// Writes a record durably: the old one or the new one is there, also after a power cut.
 ///
 /// # Errors
@@ -161,7 +173,7 @@ pub fn write_record<T: Serialize>(path: &Path, record: &T) -> Result<(), StateEr
         fs::rename(&temporary, path)?;
         File::open(dir)?.sync_all()
     };
-    write().map_err(io_error(path))
+    waiting(write).map_err(io_error(path))
 }
 
 /// Reads one. `None`: it is not there.
@@ -170,7 +182,7 @@ pub fn write_record<T: Serialize>(path: &Path, record: &T) -> Result<(), StateEr
 /// `StateError::Unreadable`.
 pub fn read_record<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StateError> {
     let unreadable = |reason: String| StateError::Unreadable { path: path.to_owned(), reason };
-    match fs::read_to_string(path) {
+    match waiting(|| fs::read_to_string(path)) {
         Ok(text) => serde_saphyr::from_str(&text).map(Some).map_err(|error| unreadable(error.to_string())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(unreadable(error.to_string())),
@@ -182,15 +194,19 @@ pub fn read_record<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StateE
 /// # Errors
 /// `StateError::Io`.
 pub fn remove_record(path: &Path) -> Result<(), StateError> {
-    match fs::remove_file(path) {
-        Ok(()) => File::open(path.parent().unwrap_or(Path::new("/"))).and_then(|dir| dir.sync_all()).map_err(io_error(path)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(io_error(path)(error)),
+    let remove = || fs::remove_file(path).and_then(|()| File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all());
+    match waiting(remove) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error(path)(error)),
+        _ => Ok(()),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{sync::mpsc, thread};
+
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
     use super::*;
 
     #[test]
@@ -216,5 +232,29 @@ mod tests {
         assert!(read_record::<Vec<u8>>(&path).unwrap_err().to_string().contains("r.yaml"));
         remove_record(&path).unwrap();
         remove_record(&path).unwrap();
+    }
+
+    #[test]
+    fn while_a_record_is_waited_for_others_are_served() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
+        let (started, has_started) = mpsc::channel();
+        let (served, is_served) = mpsc::channel();
+        let record = runtime.spawn({
+            let path = path.clone();
+            async move {
+                started.send(()).unwrap();
+                read_record::<Vec<u8>>(&path)
+            }
+        });
+        has_started.recv().unwrap();
+        runtime.spawn(async move { served.send(()).unwrap() });
+        let waited = is_served.recv_timeout(DYING_GRACE * 5);
+        // The pipe has a reader until something was written.
+        thread::spawn(move || fs::write(path, "[1]").unwrap()).join().unwrap();
+        assert_eq!(runtime.block_on(record).unwrap().unwrap(), Some(vec![1]));
+        waited.expect("the other task is served");
     }
 }
