@@ -112,6 +112,8 @@ pub enum End {
     NoSpace,
     /// A flush that did nothing.
     Lied,
+    /// However it ended, after its leg's deadline.
+    Late,
     /// Never reported: the process was killed.
     Killed,
     /// Never reported: the power was cut.
@@ -120,8 +122,18 @@ pub enum End {
 
 impl End {
     /// All of them.
-    pub const ALL: [Self; 9] =
-        [Self::Done, Self::HostFault, Self::Short, Self::Error, Self::Gone, Self::NoSpace, Self::Lied, Self::Killed, Self::PowerCut];
+    pub const ALL: [Self; 10] = [
+        Self::Done,
+        Self::HostFault,
+        Self::Short,
+        Self::Error,
+        Self::Gone,
+        Self::NoSpace,
+        Self::Lied,
+        Self::Late,
+        Self::Killed,
+        Self::PowerCut,
+    ];
 }
 
 /// Why a cell of the table is empty; `None`: it is reached sooner or later.
@@ -143,7 +155,9 @@ pub fn empty(state: State, kind: Kind, end: End) -> Option<Empty> {
         (_, _, End::Short) if !data => Forbidden('c', "only data has a count (rule 6)"),
         (_, _, End::NoSpace) if !allocates => Forbidden('d', "it allocates nothing: metadata is preallocated (rules 10, 28)"),
         (_, _, End::Lied) if kind != Kind::Flush => Forbidden('e', "only a flush can be skipped unseen"),
-        (_, Kind::Witness, End::HostFault | End::Gone) => Forbidden('f', "the node's disk fails or does not (rule 10)"),
+        (_, Kind::Witness, End::HostFault | End::Gone | End::Late) => {
+            Forbidden('f', "the node's disk fails or does not, and no deadline takes it out (rule 10)")
+        }
         (_, Kind::Compare, _) if !matches!(end, End::Done | End::Killed | End::PowerCut) => {
             Forbidden('l', "it is done in memory: nothing of it can fail (rule 30)")
         }

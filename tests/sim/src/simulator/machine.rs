@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use lockstep_core::{
     Mirror,
+    assembly::Limits,
     format::{self, REGION_BLOCKS},
     io::{Buffer, Effects, Event, LegOp, Outcome, Request},
     membership::{MemberState, Record},
@@ -522,7 +523,9 @@ impl Machine {
         }
         let Some(work) = self.work.remove(&io) else { return };
         let Some((outcome, end)) = work.ended else { return };
-        *self.coverage.cells.entry((State::of(&self.status), work.kind, end)).or_default() += 1;
+        let late = work.disk.is_some() && work.since.plus_millis(Limits::default().leg_deadline_millis) <= self.now;
+        let counted = if late { End::Late } else { end };
+        *self.coverage.cells.entry((State::of(&self.status), work.kind, counted)).or_default() += 1;
         if let (Op::Leg(LegOp::Read { range, .. }), Kind::CopyRead) = (&work.op, work.kind) {
             for block in range.start..range.end {
                 match end {
