@@ -112,7 +112,7 @@ pub enum End {
     NoSpace,
     /// A flush that did nothing.
     Lied,
-    /// However it ended, after its leg's deadline.
+    /// However it ended, after its leg's deadline; in the state in which it was begun.
     Late,
     /// Never reported: the process was killed.
     Killed,
@@ -162,6 +162,14 @@ pub fn empty(state: State, kind: Kind, end: End) -> Option<Empty> {
             Forbidden('l', "it is done in memory: nothing of it can fail (rule 30)")
         }
         (State::Assembling, _, _) if !metadata => Forbidden('a', "nothing is served before the record is durable (rule 9)"),
+        (State::Healthy | State::Resync, Kind::Read | Kind::Write | Kind::Zero | Kind::NextData | Kind::Flush, End::Late)
+        | (State::Healthy, Kind::WriteFua | Kind::Superblock | Kind::Bitmap, End::Late)
+        | (State::Rebuild | State::FullRebuild, Kind::Write | Kind::Zero, End::Late)
+        | (State::FullRebuild, Kind::CopyWrite | Kind::Flush, End::Late) => return None,
+        (_, _, End::Late) => Rare(
+            'm',
+            "rare: one leg hangs, seldom in that very moment; the budget lets the last good one answer in time, and case 36 hangs both (rule 27)",
+        ),
         (State::Resync, Kind::Witness, _) => Rare(
             'i',
             "rare: who counts does not change while both count, nor the pin while they may differ; what holds is said again (rules 9, 21)",

@@ -51,6 +51,8 @@ pub(super) struct Work {
     /// What a flush must cover.
     pub mark: u64,
     pub since: Instant,
+    /// What the mirror was like then.
+    pub begun_in: State,
     /// It was done, and is not reported.
     pub ended: Option<(Outcome, End)>,
 }
@@ -140,6 +142,8 @@ pub(super) struct Machine {
     pub unreadable: BTreeMap<u64, u8>,
     /// Requests with a lower tag came when not both legs counted: no cap held them back (mirror rule 17).
     pub capped_since: u64,
+    /// When the process stood still, and for how many milliseconds.
+    pub pauses: BTreeMap<Instant, u64>,
     /// Blocks that the mirror gave up, and that were not overwritten.
     pub lost: BTreeSet<u64>,
     /// Host faults and short counts so far, of what may be one operation and its reissues: disk, kind, memory, where it ends.
@@ -191,6 +195,7 @@ impl Machine {
             copies_may_wait: false,
             unreadable: BTreeMap::new(),
             capped_since: 0,
+            pauses: BTreeMap::new(),
             lost: BTreeSet::new(),
             in_a_row: BTreeMap::new(),
             coverage: Coverage::default(),
@@ -523,9 +528,11 @@ impl Machine {
         }
         let Some(work) = self.work.remove(&io) else { return };
         let Some((outcome, end)) = work.ended else { return };
-        let late = work.disk.is_some() && work.since.plus_millis(Limits::default().leg_deadline_millis) <= self.now;
-        let counted = if late { End::Late } else { end };
-        *self.coverage.cells.entry((State::of(&self.status), work.kind, counted)).or_default() += 1;
+        let paused: u64 = self.pauses.range(work.since..).map(|(_, millis)| millis).sum();
+        let late = work.disk.is_some() && work.since.plus_millis(Limits::default().leg_deadline_millis + paused) <= self.now;
+        // The deadline changes the state: what hung is counted where it was begun.
+        let cell = if late { (work.begun_in, work.kind, End::Late) } else { (State::of(&self.status), work.kind, end) };
+        *self.coverage.cells.entry(cell).or_default() += 1;
         if let (Op::Leg(LegOp::Read { range, .. }), Kind::CopyRead) = (&work.op, work.kind) {
             for block in range.start..range.end {
                 match end {
@@ -580,6 +587,7 @@ impl Machine {
         *self.coverage.others.entry("pauses").or_default() += 1;
         // What hung for long may be late whether the process stands still or not.
         let hung = self.work.values().any(|work| work.disk.is_some() && work.since.plus_millis(10_000) <= self.now);
+        *self.pauses.entry(self.now).or_default() += seconds * 1000;
         self.now = self.now.plus_millis(seconds * 1000);
         let before = self.status.legs;
         self.handle(Event::Tick);

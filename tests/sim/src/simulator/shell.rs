@@ -12,7 +12,7 @@ use lockstep_core::{
 };
 
 use super::{
-    End, Kind,
+    End, Kind, State,
     disk::{BITMAP_AT, LIST_AT},
     machine::{Asked, Machine, Memory, Op, Work},
 };
@@ -71,8 +71,17 @@ impl Machine {
                         self.breaks("bounds", "two writes of the witness at once");
                     }
                     let op = Op::Witness(offset, page.to_vec());
-                    let work =
-                        Work { disk: None, op, kind: Kind::Witness, data: Vec::new(), memory: 0, mark: 0, since: self.now, ended: None };
+                    let work = Work {
+                        disk: None,
+                        op,
+                        kind: Kind::Witness,
+                        data: Vec::new(),
+                        memory: 0,
+                        mark: 0,
+                        since: self.now,
+                        begun_in: self.state(),
+                        ended: None,
+                    };
                     self.work.insert(io, work);
                 }
                 Effect::Compare { io, a, b, blocks } => self.compare_buffers(io, a, b, blocks),
@@ -175,7 +184,7 @@ impl Machine {
             self.check("bounds", result);
         }
         let mark = self.disks[disk].flush_mark();
-        self.work.insert(io, Work { disk: here, op, kind, data, memory, mark, since: self.now, ended: None });
+        self.work.insert(io, Work { disk: here, op, kind, data, memory, mark, since: self.now, begun_in: self.state(), ended: None });
         self.check_in_flight(here);
     }
 
@@ -222,6 +231,11 @@ impl Machine {
         }
     }
 
+    /// What the mirror is like; what it looked like to others may be older.
+    fn state(&self) -> State {
+        self.mirror.as_ref().map_or(State::Assembling, |mirror| State::of(&mirror.status()))
+    }
+
     fn buffer(&self, buffer: Buffer, len: u64) -> Option<Vec<u64>> {
         let (Buffer::Request { skip, .. } | Buffer::Copy { skip, .. }) = buffer;
         let (_, data) = self.named(buffer)?;
@@ -236,7 +250,10 @@ impl Machine {
         let mask = first.iter().zip(&second).enumerate().fold(0, |mask, (i, (a, b))| mask | u128::from(a != b) << i);
         let ended = Some((Outcome::Differ(mask), End::Done));
         let (op, kind) = (Op::Compare, Kind::Compare);
-        self.work.insert(io, Work { disk: None, op, kind, data: Vec::new(), memory: 0, mark: 0, since: self.now, ended });
+        self.work.insert(
+            io,
+            Work { disk: None, op, kind, data: Vec::new(), memory: 0, mark: 0, since: self.now, begun_in: self.state(), ended },
+        );
     }
 
     /// Does a piece of work, or fails it; the report comes later.
