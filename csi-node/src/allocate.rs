@@ -30,7 +30,7 @@ use crate::{
     error::Error,
     legs::{self, LegDir, OVERHEAD},
     node::{Holder, Node, blocking, names},
-    tombstone,
+    state_dir, tombstone,
 };
 
 /// How long a disk that need not have anything of a volume may take to say so.
@@ -123,7 +123,7 @@ impl<S: Store> Node<S> {
     fn task(&self, volume: &MirrorVolume) -> Option<Task> {
         let uid = volume.metadata.uid.as_deref().unwrap_or_default();
         let says = volume.status.as_ref().is_some_and(|status| status.device.is_some());
-        if says && self.open_volume(uid).is_none() && !self.state.staged(uid).exists() {
+        if says && self.open_volume(uid).is_none() && !state_dir::has_record(&self.state.staged(uid)) {
             return Some(Task::ForgetDevice);
         }
         task(volume)
@@ -265,7 +265,7 @@ impl<S: Store> Node<S> {
             )));
         }
         self.remove_legs(found.to_vec()).await?;
-        Ok(crate::state_dir::remove_record(&self.state.witness(uid))?)
+        Ok(state_dir::remove_record(&self.state.witness(uid))?)
     }
 
     async fn make_legs(&self, volume: &MirrorVolume, uid: &str, disks: &[Reservation], ids: [LegId; 2]) -> Result<(), Error> {
@@ -348,7 +348,7 @@ impl<S: Store> Node<S> {
 
     async fn delete(self: &Arc<Self>, volume: MirrorVolume) -> Result<(), Error> {
         let (id, uid) = names(&volume);
-        if self.open_volume(&uid).is_some() || self.state.staged(&uid).exists() {
+        if self.open_volume(&uid).is_some() || state_dir::has_record(&self.state.staged(&uid)) {
             return Err(Error::Precondition(format!("{id} is staged: it is deleted when it is unstaged")));
         }
         let found = self.find_legs(&uid, &known(&volume)).await?;
@@ -359,9 +359,9 @@ impl<S: Store> Node<S> {
             tombstone::write(&self.state, &uid)?;
         }
         self.remove_legs(found).await?;
-        crate::state_dir::remove_record(&self.state.witness(&uid))?;
-        crate::state_dir::remove_record(&self.state.growing(&uid))?;
-        crate::state_dir::remove_record(&self.state.assembling(&uid))?;
+        state_dir::remove_record(&self.state.witness(&uid))?;
+        state_dir::remove_record(&self.state.growing(&uid))?;
+        state_dir::remove_record(&self.state.assembling(&uid))?;
         self.remove_finalizer(volume).await?;
         info!("deleted");
         Ok(())

@@ -91,7 +91,7 @@ impl<S: Store> Node<S> {
 
     /// Whether csi-node ended while it assembled this volume's mirror, and did not come to serve it since.
     pub(crate) fn assembly_crashed(&self, uid: &str) -> bool {
-        self.state.assembling(uid).exists()
+        state_dir::has_record(&self.state.assembling(uid))
     }
 
     async fn refuse_quarantined(self: &Arc<Self>, volume: &MirrorVolume, crashes: u32) -> Error {

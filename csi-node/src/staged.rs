@@ -1,6 +1,6 @@
 //! The staged record: all that is needed to serve a volume again or to take it down, without any object.
 
-use std::{fs, path::PathBuf};
+use std::path::PathBuf;
 
 use lockstep_proto::objects::{FsType, VolumeMode};
 use serde::{Deserialize, Serialize};
@@ -96,9 +96,8 @@ pub fn all(state: &StateDir) -> Result<(Vec<Staged>, Vec<Unreadable>), StateErro
     struct Whose {
         volume: String,
     }
-    let dir = state.staged_dir();
-    let entries = fs::read_dir(&dir).map_err(|source| StateError::Io { path: dir, source })?.flatten();
-    let records = entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|extension| extension == "yaml"));
+    let files = state_dir::list(&state.staged_dir())?.into_iter();
+    let records = files.filter(|path| path.extension().is_some_and(|extension| extension == "yaml"));
     let hidden = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
     let (mut readable, mut unreadable) = (Vec::new(), Vec::new());
     for path in records.filter(|path| !hidden(path)) {
@@ -130,6 +129,8 @@ pub fn of(state: &StateDir, volume: &str) -> Result<Option<Staged>, StateError> 
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

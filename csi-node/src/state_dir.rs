@@ -176,6 +176,20 @@ pub fn write_record<T: Serialize>(path: &Path, record: &T) -> Result<(), StateEr
     waiting(write).map_err(io_error(path))
 }
 
+/// What is in one of its directories.
+///
+/// # Errors
+/// `StateError::Io`.
+pub fn list(dir: &Path) -> Result<Vec<PathBuf>, StateError> {
+    let list = || Ok(fs::read_dir(dir)?.flatten().map(|entry| entry.path()).collect());
+    waiting(list).map_err(io_error(dir))
+}
+
+/// Whether a record is there, readable or not.
+pub fn has_record(path: &Path) -> bool {
+    waiting(|| path.exists())
+}
+
 /// Reads one. `None`: it is not there.
 ///
 /// # Errors
@@ -203,7 +217,7 @@ pub fn remove_record(path: &Path) -> Result<(), StateError> {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::mpsc, thread};
+    use std::sync::mpsc;
 
     use rustix::fs::{CWD, FileType, Mode, mknodat};
 
@@ -253,7 +267,7 @@ mod tests {
         runtime.spawn(async move { served.send(()).unwrap() });
         let waited = is_served.recv_timeout(DYING_GRACE * 5);
         // The pipe has a reader until something was written.
-        thread::spawn(move || fs::write(path, "[1]").unwrap()).join().unwrap();
+        fs::write(path, "[1]").unwrap();
         assert_eq!(runtime.block_on(record).unwrap().unwrap(), Some(vec![1]));
         waited.expect("the other task is served");
     }

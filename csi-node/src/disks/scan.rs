@@ -192,13 +192,14 @@ impl Disks {
     }
 
     fn claim(&self, device: &Device, uuid: &str) -> Option<String> {
-        if let Some(disk) = self.get(uuid) {
+        let known = self.get(uuid);
+        if let Some(disk) = &known {
             match disk.phase {
-                DiskPhase::Failed if disk.absent => info!(disk = uuid, "the disk is back"),
+                DiskPhase::Failed if disk.absent => {}
                 // It failed and was never away: it stays out.
                 DiskPhase::Failed => return Some(uuid.to_owned()),
                 _ => {
-                    let other = disk.label;
+                    let other = &disk.label;
                     // Not a word of wiping it: it may be that very disk.
                     let message =
                         format!("it has the same file system as {other}: a disk is used once. Take one of the two out of the selection");
@@ -214,6 +215,9 @@ impl Disks {
         match mounted {
             Ok(point) => self.adopt(device, uuid, point),
             Err(error) => return self.refuse(&device.path, Some(device), error.to_string()),
+        }
+        if known.is_some() {
+            info!(disk = uuid, "the disk is back");
         }
         Some(uuid.to_owned())
     }
