@@ -2,8 +2,10 @@
 
 use std::{
     io::{BufRead, BufReader},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    thread,
+    time::Duration,
 };
 
 use crate::text;
@@ -31,6 +33,15 @@ impl Frozen {
         let said = BufReader::new(keeper.stdout.take().expect("piped")).lines().next();
         assert!(said.is_some_and(|line| line.is_ok_and(|line| line == "frozen")), "{} cannot be frozen", mount.display());
         Self(keeper)
+    }
+
+    /// Freezes what is mounted at these places, for so long. It is over when the thread is.
+    pub fn freeze_for(mounts: &[PathBuf], time: Duration) -> thread::JoinHandle<()> {
+        let frozen: Vec<_> = mounts.iter().map(|mount| Self::freeze(mount)).collect();
+        thread::spawn(move || {
+            thread::sleep(time);
+            drop(frozen);
+        })
     }
 }
 

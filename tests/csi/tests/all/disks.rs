@@ -208,7 +208,7 @@ async fn two_partitions_of_a_disk_are_no_pair_and_partitions_of_two_disks_are() 
 
 fn reboot_all(lab: &Lab) {
     for line in lab.left_over() {
-        if let Some(point) = line.split(' ').nth(1).filter(|point| point.starts_with('/')) {
+        if let Some(point) = line.split(' ').nth(1).filter(|point| Path::new(point).starts_with(lab.path(""))) {
             lockstep_native::succeeds("umount", &[point]);
         }
     }

@@ -11,7 +11,7 @@ use lockstep_csi_tests::{
     lab::{Lab, identical, text},
     load,
 };
-use lockstep_native::{run, succeeds};
+use lockstep_native::{frozen::Frozen, run, succeeds};
 use lockstep_proto::{
     FINALIZER,
     objects::{DiskPhase, FormatState, LegState, MirrorVolume, MirrorVolumeStatus, VolumePhase},
@@ -178,17 +178,13 @@ async fn csi_node_is_killed_while_its_volumes_are_written_back_and_it_ends() {
     driver.client.unpublish(&ext4.id, &ext4.target).await.unwrap();
     // The disks take no writes for a while: the unmount does not end.
     let disks = [0, 1].map(|disk| lab.mount_of(disk).unwrap());
-    let thaw = format!("sleep 3; fsfreeze --unfreeze {}; fsfreeze --unfreeze {}", text(&disks[0]), text(&disks[1]));
-    let mut thaw = std::process::Command::new("sh").args(["-c", &thaw]).spawn().unwrap();
-    for disk in &disks {
-        run("fsfreeze", &["--freeze", text(disk)]);
-    }
+    let frozen = Frozen::freeze_for(&disks, Duration::from_secs(3));
     let (client, gone) = (driver.client.clone(), ext4.clone());
     let unstage = tokio::spawn(async move { client.unstage(&gone.id, &gone.staging).await });
     tokio::time::sleep(Duration::from_secs(1)).await;
     driver.kill_node();
     assert!(unstage.await.unwrap().is_err(), "it was unstaged before csi-node was killed");
-    assert!(thaw.wait().unwrap().success());
+    frozen.join().unwrap();
     driver.start_node().await;
     for place in [&ext4, &block] {
         place.down(&driver.client).await.unwrap();
@@ -307,17 +303,13 @@ async fn a_volume_is_deleted_when_its_legs_are_gone_and_not_before() {
     let mut driver = Driver::start(&lab).await;
     let place = driver.place("v", 64 * MIB, None).await;
     let (copies, disks) = (driver.copies(&place.id).await, [0, 1].map(|disk| lab.mount_of(disk).unwrap()));
-    let thaw = format!("sleep 3; fsfreeze --unfreeze {}; fsfreeze --unfreeze {}", text(&disks[0]), text(&disks[1]));
-    let mut thaw = std::process::Command::new("sh").args(["-c", &thaw]).spawn().unwrap();
-    for disk in &disks {
-        run("fsfreeze", &["--freeze", text(disk)]);
-    }
+    let frozen = Frozen::freeze_for(&disks, Duration::from_secs(3));
     let (client, id) = (driver.client.clone(), place.id.clone());
     let delete = tokio::spawn(async move { client.delete(&id).await });
     tokio::time::sleep(Duration::from_secs(1)).await;
     let object = driver.store.get::<MirrorVolume>(&place.id).await.unwrap();
     assert!(object.is_some() && copies.iter().all(|copy| copy.exists()));
-    assert!(thaw.wait().unwrap().success());
+    frozen.join().unwrap();
     delete.await.unwrap().unwrap();
     assert!(copies.iter().all(|copy| !copy.exists()), "a copy is left");
     driver.stop();

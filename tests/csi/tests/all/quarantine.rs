@@ -1,13 +1,13 @@
 //! A volume whose assembly takes csi-node with it (mirror rule 33): its disks are frozen from below, so that csi-node can be ended in it.
 
-use std::{fs, process::Command, time::Duration};
+use std::{fs, thread, time::Duration};
 
 use lockstep_csi_tests::{
     client::Place,
     driver::{Driver, until},
-    lab::{Lab, text},
+    lab::Lab,
 };
-use lockstep_native::run;
+use lockstep_native::frozen::Frozen;
 use tokio::task::JoinHandle;
 use tonic::{Code, Status};
 
@@ -20,28 +20,25 @@ async fn count(lab: &Lab, driver: &Driver, place: &Place) -> Option<String> {
 }
 
 /// A stage that hangs in the middle of its assembly: the disks take no writes for so many seconds.
-async fn hanging(lab: &Lab, driver: &Driver, place: &Place, seconds: u32) -> (JoinHandle<Result<(), Status>>, std::process::Child) {
+async fn hanging(lab: &Lab, driver: &Driver, place: &Place, seconds: u64) -> (JoinHandle<Result<(), Status>>, thread::JoinHandle<()>) {
     // What an earlier csi-node left is taken down first, which is not what is to hang.
     place.down(&driver.client).await.unwrap();
     let before = count(lab, driver, place).await;
     let mounts = [0, 1].map(|disk| lab.mount_of(disk).unwrap());
-    let [a, b] = [text(&mounts[0]), text(&mounts[1])];
-    let thaw = format!("sleep {seconds}; fsfreeze --unfreeze {a}; fsfreeze --unfreeze {b}");
-    let thaw = Command::new("sh").args(["-c", &thaw]).spawn().unwrap();
-    mounts.iter().for_each(|mount| drop(run("fsfreeze", &["--freeze", text(mount)])));
+    let frozen = Frozen::freeze_for(&mounts, Duration::from_secs(seconds));
     let (client, place_) = (driver.client.clone(), place.clone());
     let stage = tokio::spawn(async move { client.stage(&place_.id, &place_.staging, None).await });
     until("an assembly", || async { (count(lab, driver, place).await != before).then_some(()) }).await;
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert!(!stage.is_finished(), "it did not hang: {:?}", stage.await);
-    (stage, thaw)
+    (stage, frozen)
 }
 
 async fn kill_in_assembly(lab: &Lab, driver: &mut Driver, place: &Place) {
-    let (stage, mut thaw) = hanging(lab, driver, place, 5).await;
+    let (stage, frozen) = hanging(lab, driver, place, 5).await;
     driver.kill_node();
     assert!(stage.await.unwrap().is_err());
-    assert!(thaw.wait().unwrap().success());
+    frozen.join().unwrap();
     driver.start_node().await;
 }
 
@@ -55,10 +52,10 @@ async fn a_volume_whose_assembly_took_csi_node_with_it_three_times_is_refused_un
     }
     assert_eq!(count(&lab, &driver, &place).await.as_deref(), Some("2"));
     // Asked to end in the middle of an assembly, it does, and that is no crash. Longer than it waits for its last calls.
-    let (stage, mut thaw) = hanging(&lab, &driver, &place, 20).await;
+    let (stage, frozen) = hanging(&lab, &driver, &place, 20).await;
     driver.terminate_node();
     assert!(stage.await.unwrap().is_err(), "it was staged before csi-node ended: nothing was proved");
-    assert!(thaw.wait().unwrap().success());
+    frozen.join().unwrap();
     driver.start_node().await;
     assert_eq!(count(&lab, &driver, &place).await.as_deref(), Some("2"));
     // Nor is a restart.

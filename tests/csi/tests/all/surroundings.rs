@@ -209,7 +209,8 @@ async fn writers_with_too_little_memory_and_csi_node_within_its_bound_do_not_wai
     fills.into_iter().zip(&places).for_each(|(child, place)| ends_well(child, deadline, || filled(place)));
     assert!(load.succeeded(), "the load saw an error, or read what it did not write");
     let peak = peak.max(kib(driver.node_id(), "status", "VmHWM"));
-    let mib = [idle, staged[0], staged[staged.len() - 1], peak, kib(driver.node_id(), "smaps_rollup", "Locked")].map(|kib| kib >> 10);
+    let (locked, used) = (kib(driver.node_id(), "smaps_rollup", "Locked"), kib(driver.node_id(), "status", "VmRSS"));
+    let mib = [idle, staged[0], staged[staged.len() - 1], peak, locked].map(|kib| kib >> 10);
     println!(
         "figure: {VOLUMES} x 150 MiB through {} MiB of page cache in {:.1?}; csi-node: MiB without volumes, with one, with {VOLUMES}, at most, locked: {mib:?}; \
          its cgroup {} MiB at most",
@@ -219,6 +220,8 @@ async fn writers_with_too_little_memory_and_csi_node_within_its_bound_do_not_wai
     );
     assert!(writers.get("memory.failcnt") > 0, "there was memory enough: this shows nothing");
     assert!(peak <= bound << 10, "{peak} KiB");
+    // The kernel counts only its part of what processes share.
+    assert!(locked > used / 2, "of {used} KiB in use {locked} KiB are locked");
     for place in &places {
         place.down(&driver.client).await.unwrap();
         driver.assert_copies_identical(&place.id).await;

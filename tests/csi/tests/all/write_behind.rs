@@ -3,7 +3,6 @@
 use std::{
     fs,
     path::Path,
-    process::{Child, Command},
     time::{Duration, Instant},
 };
 
@@ -11,7 +10,7 @@ use lockstep_csi_tests::{
     driver::{Driver, until},
     lab::{Lab, text},
 };
-use lockstep_native::run;
+use lockstep_native::{frozen::Frozen, run};
 
 const MIB: u64 = 1 << 20;
 
@@ -35,13 +34,6 @@ fn read(lab: &Lab, device: &Path) -> Vec<u8> {
     fs::read(file).unwrap()
 }
 
-fn freeze(mount: &Path, seconds: u32) -> Child {
-    let thaw = format!("sleep {seconds}; fsfreeze --unfreeze {}", text(mount));
-    let thaw = Command::new("sh").args(["-c", &thaw]).spawn().unwrap();
-    run("fsfreeze", &["--freeze", text(mount)]);
-    thaw
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn writes_wait_for_the_fast_disk_alone_a_flush_for_both_and_a_kill_loses_nothing_that_was_answered() {
     let lab = Lab::new(2, 1200);
@@ -57,21 +49,21 @@ async fn writes_wait_for_the_fast_disk_alone_a_flush_for_both_and_a_kill_loses_n
     write(&lab, &place.target, 1);
 
     let begun = Instant::now();
-    let mut thaw = freeze(&slow, 5);
+    let frozen = Frozen::freeze_for(std::slice::from_ref(&slow), Duration::from_secs(5));
     write(&lab, &place.target, 2);
     assert_eq!(read(&lab, &place.target), vec![2; 32 * 4096]);
     assert!(begun.elapsed() < Duration::from_secs(3), "it waited for the slow disk: {:?}", begun.elapsed());
     let of = format!("of={}", text(&place.target));
     run("dd", &["if=/dev/zero", &of, "bs=4096", "seek=1", "count=1", "conv=notrunc,fsync", "status=none"]);
     assert!(begun.elapsed() >= Duration::from_secs(5), "a flush was answered after {:?}, and the slow disk is frozen", begun.elapsed());
-    assert!(thaw.wait().unwrap().success());
+    frozen.join().unwrap();
 
     // Killed with writes behind: what was answered is there, and on both copies.
     write(&lab, &place.target, 3);
-    let mut thaw = freeze(&slow, 4);
+    let frozen = Frozen::freeze_for(std::slice::from_ref(&slow), Duration::from_secs(4));
     write(&lab, &place.target, 4);
     driver.kill_node();
-    assert!(thaw.wait().unwrap().success());
+    frozen.join().unwrap();
     driver.start_node().await;
     place.down(&driver.client).await.unwrap();
     place.up(&driver.client).await.unwrap();
