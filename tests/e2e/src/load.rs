@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
-use crate::cluster::{USER, apply, get, kubectl, text, until, until_pod};
+use crate::cluster::{USER, apply, get, kubectl, until, until_pod};
 
 /// A claim of the default class.
 pub fn claim(name: &str, size: &str, mode: &str) -> anyhow::Result<()> {
@@ -43,32 +43,24 @@ pub fn delete_claim(name: &str) -> anyhow::Result<()> {
 pub struct Fio(&'static str);
 
 impl Fio {
-    /// Starts it on the volume of the claim of that name, for this many seconds, and waits until it writes.
-    pub fn start(claim: &'static str, seconds: u32) -> anyhow::Result<Self> {
-        let script = format!(
-            "exec fio --verify_state_save=0 --direct=1 --ioengine=libaio --time_based=1 --runtime={seconds} --output-format=terse \
+    /// Starts it on the volume of the claim of that name, again and again until it is told to end, and waits until it writes.
+    pub fn start(claim: &'static str) -> anyhow::Result<Self> {
+        let script = "until [ -e /tmp/end ]; do \
+             fio --verify_state_save=0 --direct=1 --ioengine=libaio --time_based=1 --runtime=8 --output-format=terse \
              --fallocate=none --iodepth=4 --rate_iops=150 \
              --name=own1 --filename=/data/verify --size=32M --rw=randwrite --bsrange=4k-64k --verify=crc32c --verify_fatal=1 --do_verify=1 \
              --name=own2 --filename=/data/verify --offset=64M --size=32M --rw=randwrite --bsrange=4k-64k --verify=crc32c --verify_fatal=1 \
              --do_verify=1 \
-             --name=overlap --filename=/data/overlap --numjobs=8 --size=16M --rw=randrw --rwmixread=20 --bsrange=4k-128k"
-        );
-        apply(&pod_object(claim, claim, "Filesystem", &script))?;
+             --name=overlap --filename=/data/overlap --numjobs=8 --size=16M --rw=randrw --rwmixread=20 --bsrange=4k-128k || exit; done";
+        apply(&pod_object(claim, claim, "Filesystem", script))?;
         until_pod(claim, "Running", 60)?;
         std::thread::sleep(Duration::from_secs(3));
         Ok(Self(claim))
     }
 
-    /// It still runs: what has happened happened under it.
-    pub fn runs(&self) -> anyhow::Result<()> {
-        let phase = get(&["pod", "-n", USER, self.0])?;
-        let phase = text(&phase, "/status/phase");
-        ensure!(phase == "Running", "fio is {phase} already: {}", kubectl(&["logs", "-n", USER, self.0, "--tail=5"])?);
-        Ok(())
-    }
-
-    /// Waits for its end, which is without an error, and removes it.
-    pub fn ended(self) -> anyhow::Result<()> {
+    /// Has it verify what it wrote and end, which is without an error, and removes it.
+    pub fn end(self) -> anyhow::Result<()> {
+        kubectl(&["exec", "-n", USER, self.0, "--", "touch", "/tmp/end"])?;
         until_pod(self.0, "Succeeded", 180).context("fio")?;
         delete_pod(self.0)
     }

@@ -46,7 +46,7 @@ pub fn all() -> Vec<Step> {
         step("the kubelet is killed under the load and starts again: no error", failures::kubelet_restarts),
         step("csi-node's pod is deleted by force under the load: no error", failures::node_pod_deleted),
         step("the chart is upgraded under the load, csi-node's image and a definition with it: no error", failures::upgraded),
-        step("a minute without the API: a disk fails, csi-node is killed: no error, and one event afterwards", failures::without_api),
+        step("two minutes without the API: a disk fails, csi-node is killed: no error, and one event afterwards", failures::without_api),
         step("every acknowledged commit is there, and the copies are identical", failures::commits_kept),
         step("a disk that is not blank is left alone, and its object says what to do", claims::used_disk),
         step("a claim that is larger than any two disks pends, and says why", claims::too_large),
