@@ -212,8 +212,9 @@ impl<S: Store> Node<S> {
             return;
         }
         let useless = self.useless(open, status, &found).await;
-        if useless.len() < found.len() {
-            warn!(?found, "a copy that the mirror does not know is left alone");
+        found.retain(|leg| useless.iter().all(|other| other.dir != leg.dir) && open.error_of(leg.leg).is_none());
+        for leg in found {
+            say_once(open, leg.leg, format!("the mirror does not know {}, which may be newer: it is left alone", leg.dir.display()));
         }
         if useless.is_empty() {
             return;
@@ -233,13 +234,18 @@ impl<S: Store> Node<S> {
     }
 }
 
-/// Says once that a copy that nobody counts on stays: what it holds may be newer than what was forced.
+/// A copy that nobody counts on stays: what it holds may be newer than what was forced.
 fn say_that_it_is_kept(open: &OpenVolume, leg: LegId, dir: &Path) {
     let error = format!(
         "its `meta` is damaged, and another copy was forced, which may be older: so {} is kept. If nothing of its `data` is needed any more, remove that \
          directory",
         dir.display()
     );
+    say_once(open, leg, error);
+}
+
+/// Says why a copy is neither used nor removed, until there is another reason.
+fn say_once(open: &OpenVolume, leg: LegId, error: String) {
     if open.error_of(leg).as_ref() != Some(&error) {
         warn!(%error, "a copy that nobody counts on is kept");
         open.leg_failed(leg, error);

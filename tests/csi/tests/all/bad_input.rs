@@ -5,6 +5,7 @@ use std::{
     io::{Seek, SeekFrom, Write},
     os::unix::fs::OpenOptionsExt,
     path::Path,
+    time::Duration,
 };
 
 use lockstep_csi_tests::{
@@ -259,7 +260,11 @@ async fn damaged_metadata_of_the_only_current_copy_is_named_and_that_copy_outliv
     assert!(!place.target.join("f").exists(), "it has what it missed");
     driver.until_ready_is(&place.id, "Healthy").await;
     let said = format!("so {} is kept", text(best.parent().unwrap()));
-    until("said to be kept", || async { fs::read_to_string(driver.node_log()).unwrap().contains(&said).then_some(()) }).await;
+    let log = || fs::read_to_string(driver.node_log()).unwrap();
+    until("said to be kept", || async { log().contains(&said).then_some(()) }).await;
+    // It looks again every ten seconds.
+    tokio::time::sleep(Duration::from_secs(13)).await;
+    assert_eq!(log().matches("a copy that").count(), 1, "it is said once:\n{}", log());
     place.down(&driver.client).await.unwrap();
     assert_eq!(alone(&lab, &best, "ext4", |at| fs::read_to_string(at.join("f")).unwrap()), "only on one");
     driver.client.delete(&place.id).await.unwrap();
