@@ -241,7 +241,7 @@ fn rule_22_no_copy_takes_a_lost_block_for_a_valid_one() {
 
 #[test]
 fn rule_22_a_read_that_was_on_its_way_when_its_block_was_listed_does_not_end_on_the_leg_that_was_filled() {
-    for stopping in [false, true] {
+    for leaving in [false, true] {
         let mut world = rebuilding(1, true);
         let read = world.read(range(0, 8));
         let io = in_flight_on(&world, Slot::A, |op| matches!(op, LegOp::Read { .. })).expect("the read");
@@ -249,9 +249,13 @@ fn rule_22_a_read_that_was_on_its_way_when_its_block_was_listed_does_not_end_on_
         while !world.healthy() {
             assert!(world.step());
         }
-        if stopping {
-            // Nothing is repaired any more, and so nothing is read again after that.
-            world.command(Request::Stop);
+        if leaving {
+            // Nothing is repaired there any more, and so nothing is read again after that.
+            world.disks[0].dead = true;
+            world.write(range(20, 21));
+            while world.mirror.status().legs[0].state == LegState::In {
+                assert!(world.step());
+            }
         }
         world.end(io, Outcome::Failed(Errno::EIO));
         run_dry(&mut world);
