@@ -22,6 +22,9 @@ use crate::legs;
 /// How long a disk may take to answer before the others are gone on with.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// When what failed is tried again.
+const AGAIN: Duration = Duration::from_millis(300);
+
 /// One look at one disk.
 struct Look {
     /// Of what there is one at a time.
@@ -37,6 +40,15 @@ enum At {
     Devices(Vec<PathBuf>),
     /// A disk of ours that no selector matches.
     Unselected,
+}
+
+/// Tries again what failed, a moment later: the handle that told that nobody uses the device lives on in a child that is just being started for
+/// another disk, and whoever wants the device for himself meanwhile is told that it is in use.
+fn twice<T>(attempt: impl Fn() -> Result<T, DiskError>) -> Result<T, DiskError> {
+    attempt().or_else(|_| {
+        std::thread::sleep(AGAIN);
+        attempt()
+    })
 }
 
 impl Disks {
@@ -180,8 +192,8 @@ impl Disks {
     }
 
     fn claim_blank(&self, device: &Device) -> Option<String> {
-        let made = file_system::format_blank(&self.state, device);
-        match made.and_then(|uuid| Ok((file_system::mount(&self.state, device, &uuid)?, uuid))) {
+        let made = twice(|| file_system::format_blank(&self.state, device));
+        match made.and_then(|uuid| Ok((twice(|| file_system::mount(&self.state, device, &uuid))?, uuid))) {
             Ok((point, uuid)) => {
                 self.adopt(device, &uuid, point);
                 info!(reason = "DiskClaimed", disk = uuid, device = %device.name_for_people(), "a blank disk was claimed");
@@ -208,7 +220,7 @@ impl Disks {
             }
         }
         // What can be mounted is never formatted, whatever is on record.
-        let mounted = file_system::mount(&self.state, device, uuid).or_else(|error| {
+        let mounted = twice(|| file_system::mount(&self.state, device, uuid)).or_else(|error| {
             let again = file_system::format_again(&self.state, device, uuid).unwrap_or(Err(error));
             again.and_then(|()| file_system::mount(&self.state, device, uuid))
         });

@@ -206,6 +206,17 @@ async fn two_partitions_of_a_disk_are_no_pair_and_partitions_of_two_disks_are() 
     drop((first, second));
 }
 
+/// They are looked at, formatted and mounted at once, and none stands in another's way.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_blank_disks_at_once_are_claimed_without_a_word_of_refusal() {
+    let lab = Lab::new(16, 1100);
+    let mut driver = Driver::start(&lab).await;
+    until_ready(&driver, 16).await;
+    let log = fs::read_to_string(driver.node_log()).unwrap();
+    assert!(!log.contains("DiskRefused"), "{log}");
+    driver.stop();
+}
+
 fn reboot_all(lab: &Lab) {
     for line in lab.left_over() {
         if let Some(point) = line.split(' ').nth(1).filter(|point| Path::new(point).starts_with(lab.path(""))) {
