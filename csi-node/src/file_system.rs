@@ -10,18 +10,23 @@ use std::{
     fs::File,
     io,
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use lockstep_datapath::errand::{self, Errand};
 use lockstep_proto::objects::{FormatState, FormatStatus, FsType};
 use serde::{Deserialize, Serialize};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     disks::probe::{self, Found, Signature},
     error::Error,
     state_dir, tool,
 };
+
+/// How long the `xfs_growfs` of a csi-node that was killed may take to end: the kernel does not take a second one meanwhile.
+const EARLIER: Duration = Duration::from_secs(5);
 
 /// The name that mkfs and mount know it by.
 pub fn name(fs_type: FsType) -> &'static str {
@@ -157,11 +162,20 @@ fn ext4_bytes(device: &Path) -> Result<u64, Error> {
 /// # Errors
 /// `Error::Tool`.
 pub fn grow_mounted(device: &Path, mounted: &Path, fs_type: FsType) -> Result<(), Error> {
-    match fs_type {
-        FsType::Ext4 => tool::run("resize2fs", [device])?,
-        FsType::Xfs => tool::run("xfs_growfs", [Path::new("-d"), mounted])?,
-    };
-    Ok(())
+    if fs_type == FsType::Ext4 {
+        return Ok(tool::run("resize2fs", [device]).map(drop)?);
+    }
+    let patience = Instant::now() + EARLIER;
+    loop {
+        match tool::run("xfs_growfs", [Path::new("-d"), mounted]) {
+            // It says so itself; killed, it would be killed again.
+            Err(error) if error.code().is_some() && Instant::now() < patience => {
+                debug!(%error, "growing XFS is tried again");
+                thread::sleep(Duration::from_millis(200));
+            }
+            grown => return Ok(grown.map(drop)?),
+        }
+    }
 }
 
 /// Mounts it. `flags` are the mount options of the capability, each as it is. Blocks.
