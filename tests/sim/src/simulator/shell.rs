@@ -71,17 +71,7 @@ impl Machine {
                         self.breaks("bounds", "two writes of the witness at once");
                     }
                     let op = Op::Witness(offset, page.to_vec());
-                    let work = Work {
-                        disk: None,
-                        op,
-                        kind: Kind::Witness,
-                        data: Vec::new(),
-                        memory: 0,
-                        mark: 0,
-                        since: self.now,
-                        begun_in: self.state(),
-                        ended: None,
-                    };
+                    let work = self.begun(None, op, Kind::Witness);
                     self.work.insert(io, work);
                 }
                 Effect::Compare { io, a, b, blocks } => self.compare_buffers(io, a, b, blocks),
@@ -184,7 +174,7 @@ impl Machine {
             self.check("bounds", result);
         }
         let mark = self.disks[disk].flush_mark();
-        self.work.insert(io, Work { disk: here, op, kind, data, memory, mark, since: self.now, begun_in: self.state(), ended: None });
+        self.work.insert(io, Work { data, memory, mark, ..self.begun(here, op, kind) });
         self.check_in_flight(here);
     }
 
@@ -231,9 +221,11 @@ impl Machine {
         }
     }
 
-    /// What the mirror is like; what it looked like to others may be older.
-    fn state(&self) -> State {
-        self.mirror.as_ref().map_or(State::Assembling, |mirror| State::of(&mirror.status()))
+    /// Something that begins now, and brings and fills nothing.
+    fn begun(&self, disk: Option<(usize, u64)>, op: Op, kind: Kind) -> Work {
+        // What the mirror is like: what was last looked at may be older.
+        let begun_in = self.mirror.as_ref().map_or(State::Assembling, |mirror| State::of(&mirror.status()));
+        Work { disk, op, kind, data: Vec::new(), memory: 0, mark: 0, since: self.now, begun_in, ended: None }
     }
 
     fn buffer(&self, buffer: Buffer, len: u64) -> Option<Vec<u64>> {
@@ -249,11 +241,7 @@ impl Machine {
         };
         let mask = first.iter().zip(&second).enumerate().fold(0, |mask, (i, (a, b))| mask | u128::from(a != b) << i);
         let ended = Some((Outcome::Differ(mask), End::Done));
-        let (op, kind) = (Op::Compare, Kind::Compare);
-        self.work.insert(
-            io,
-            Work { disk: None, op, kind, data: Vec::new(), memory: 0, mark: 0, since: self.now, begun_in: self.state(), ended },
-        );
+        self.work.insert(io, Work { ended, ..self.begun(None, Op::Compare, Kind::Compare) });
     }
 
     /// Does a piece of work, or fails it; the report comes later.

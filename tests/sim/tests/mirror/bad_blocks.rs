@@ -241,13 +241,16 @@ fn rule_22_no_copy_takes_a_lost_block_for_a_valid_one() {
 
 #[test]
 fn rule_22_a_read_that_was_on_its_way_when_its_block_was_listed_does_not_end_on_the_leg_that_was_filled() {
-    for leaving in [false, true] {
+    for (stopping, leaving) in [(false, false), (true, false), (false, true)] {
         let mut world = rebuilding(1, true);
         let read = world.read(range(0, 8));
         let io = in_flight_on(&world, Slot::A, |op| matches!(op, LegOp::Read { .. })).expect("the read");
         world.stuck.insert(io);
         while !world.healthy() {
             assert!(world.step());
+        }
+        if stopping {
+            world.command(Request::Stop);
         }
         if leaving {
             // Nothing is repaired there any more, and so nothing is read again after that.
