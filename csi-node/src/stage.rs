@@ -189,12 +189,13 @@ impl<S: Store> Node<S> {
     async fn take_down(self: &Arc<Self>, staged: &Staged) -> Result<(), Error> {
         let open = self.open_volume(&staged.uid);
         let (path, alive) = (staged.staging_path.clone(), open.is_some());
-        let device = staged.device.clone();
+        // One that is being staged has no device on its record yet.
+        let device = open.as_ref().map(|open| open.volume.device().to_owned()).or_else(|| staged.device.clone());
         blocking(&staged.volume, move || unmount(&path, device.as_deref(), alive)).await?;
         match open {
             Some(open) => self.close_mirror(&open).await?,
             None => {
-                self.remove_dead_mirror(&staged.uid, staged.device.clone().unwrap_or_default()).await?;
+                self.remove_dead_mirror(&staged.uid, staged.device.clone()).await?;
                 self.forget_device(staged).await;
             }
         }

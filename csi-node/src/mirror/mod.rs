@@ -17,7 +17,8 @@ mod slow;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
+    ffi::OsStr,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -232,12 +233,15 @@ impl<S: Store> Node<S> {
         Ok(())
     }
 
-    /// Removes the device of a mirror whose csi-node died.
-    pub(crate) async fn remove_dead_mirror(self: &Arc<Self>, uid: &str, device: PathBuf) -> Result<(), Error> {
+    /// Removes the device of a mirror whose csi-node died: the one that is on record, and any that its datapath had made before that.
+    pub(crate) async fn remove_dead_mirror(self: &Arc<Self>, uid: &str, recorded: Option<PathBuf>) -> Result<(), Error> {
         let (node, uid) = (Arc::clone(self), uid.to_owned());
         blocking(&uid.clone(), move || {
             node.datapath.remove_leftovers(&node.state.run(), &uid)?;
-            wait_until_released(&device);
+            // On record before anything is mounted on it.
+            if let Some(name) = recorded.as_deref().and_then(Path::file_name) {
+                wait_until_released(name);
+            }
             Ok(())
         })
         .await
@@ -339,9 +343,8 @@ impl<S: Store> Node<S> {
 }
 
 /// A file system that was unmounted lazily may hold its device a little longer.
-fn wait_until_released(device: &std::path::Path) {
-    let name = device.file_name().unwrap_or_default();
-    let held = || ["ext4", "xfs"].iter().any(|kind| std::path::Path::new("/sys/fs").join(kind).join(name).exists());
+fn wait_until_released(device: &OsStr) {
+    let held = || ["ext4", "xfs"].iter().any(|kind| Path::new("/sys/fs").join(kind).join(device).exists());
     let deadline = std::time::Instant::now() + LET_GO;
     while held() && std::time::Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(20));

@@ -95,6 +95,24 @@ fn nothing_is_left_for_later_or_left_out() {
     }
 }
 
+/// A program is not built once more for tests that it has not (`test = false`): so it must have none.
+#[test]
+fn tests_are_in_libraries_and_beside_them_and_never_in_a_program() {
+    for (manifest, text) in named("Cargo.toml") {
+        let sources = manifest.with_file_name("src");
+        let untested_library = text.contains("[lib]\ntest = false");
+        let mut found = Vec::new();
+        if sources.is_dir() {
+            files(&sources, &mut found);
+        }
+        for path in found {
+            let program = path.ends_with("src/main.rs") || path.starts_with(sources.join("bin")) || !sources.join("lib.rs").exists();
+            let text = fs::read_to_string(&path).expect("text");
+            assert!(!(program || untested_library) || !text.contains("test]\n"), "{}: nobody runs its tests", path.display());
+        }
+    }
+}
+
 #[test]
 fn what_the_simulator_says_broke_is_an_oracle_with_its_rules() {
     let said = [concat!("breaks", "(\""), concat!("check", "(\""), concat!("caught", "(\"")];

@@ -192,6 +192,16 @@ async fn an_expansion_whose_xfs_growfs_was_killed_is_done_by_the_same_call_again
         assert!(size(&xfs).await > before + (50 << 20), "killed after {millis} ms");
         assert_eq!(fs::read_to_string(xfs.target.join("f")).unwrap(), "kept");
     }
+    // It grows when it is staged, too. Nothing is half-staged after an error: no call to unstage would follow.
+    xfs.down(&client).await.unwrap();
+    client.controller_expand(&xfs.id, 800 * MIB).await.unwrap();
+    xfs_growfs.after(0);
+    let failed = client.stage(&xfs.id, &xfs.staging, Some("xfs")).await.unwrap_err();
+    assert!(failed.message().contains("xfs_growfs"), "{failed}");
+    done(Call::Unstage, &lab, &driver, &xfs).await;
+    xfs.up(&client).await.unwrap();
+    has_grown(&driver, &xfs, 800 * MIB).await;
+    assert_eq!(fs::read_to_string(xfs.target.join("f")).unwrap(), "kept");
     xfs.down(&client).await.unwrap();
     driver.assert_copies_identical(&xfs.id).await;
     run("xfs_repair", &["-n", "-f", text(&driver.copies(&xfs.id).await[0])]);
