@@ -7,7 +7,7 @@ use std::{
 };
 
 use lockstep_datapath::core::status::Status as MirrorStatus;
-use lockstep_proto::objects::{FormatState, FormatStatus, MirrorVolume, VolumeMode, VolumePhase};
+use lockstep_proto::objects::{FormatState, FormatStatus, FsType, MirrorVolume, VolumeMode, VolumePhase};
 use lockstep_store::Store;
 use tracing::{info, warn};
 
@@ -108,7 +108,15 @@ impl<S: Store> Node<S> {
 
     /// It is staged already; but was it unmounted since, or an unstage cut off in its middle?
     async fn mount_again(self: &Arc<Self>, volume: &MirrorVolume, staged: &Staged, open: &Arc<OpenVolume>) -> Result<(), Error> {
-        if staged.volume_mode == VolumeMode::Block || mounted(staged)? {
+        if staged.volume_mode == VolumeMode::Block {
+            return Ok(());
+        }
+        if mounted(staged)? {
+            // Its csi-node may have been killed before it grew.
+            let (staged, device) = (staged.clone(), open.volume.device().to_owned());
+            if let Err(error) = blocking(&staged.volume.clone(), move || grow_if_xfs(&staged, &device)).await {
+                warn!(%error, "its file system could not be given the whole device: it is used at its old size");
+            }
             return Ok(());
         }
         warn!(path = %staged.staging_path.display(), "it is not mounted any more where it was staged: it is mounted again");
@@ -147,11 +155,7 @@ impl<S: Store> Node<S> {
         blocking(&staged.volume.clone(), move || {
             file_system::prepare(&device, fs_type, bytes, &growing)?;
             file_system::mount(&device, &staged.staging_path, fs_type, &staged.mount_flags)?;
-            let read_only = staged.mount_flags.iter().any(|flag| flag == "ro");
-            if fs_type == lockstep_proto::objects::FsType::Xfs && !read_only {
-                file_system::grow_mounted(&device, &staged.staging_path, fs_type)?;
-            }
-            Ok(())
+            grow_if_xfs(&staged, &device)
         })
         .await
     }
@@ -189,13 +193,13 @@ impl<S: Store> Node<S> {
     async fn take_down(self: &Arc<Self>, staged: &Staged) -> Result<(), Error> {
         let open = self.open_volume(&staged.uid);
         let (path, alive) = (staged.staging_path.clone(), open.is_some());
-        // One that is being staged has no device on its record yet.
+        // What could not be staged was copied before there was a device.
         let device = open.as_ref().map(|open| open.volume.device().to_owned()).or_else(|| staged.device.clone());
         blocking(&staged.volume, move || unmount(&path, device.as_deref(), alive)).await?;
         match open {
             Some(open) => self.close_mirror(&open).await?,
             None => {
-                self.remove_dead_mirror(&staged.uid, staged.device.clone()).await?;
+                self.remove_dead_mirror(&staged.uid).await?;
                 self.forget_device(staged).await;
             }
         }
@@ -265,6 +269,15 @@ fn usable(path: &Path) -> Result<(), Error> {
             Err(Error::Precondition(format!("{} is mounted at staging_target_path {}: unmount it", mount.source.display(), path.display())))
         }
         None => Ok(()),
+    }
+}
+
+/// XFS grows when it is mounted, where it may be written to; ext4 does so before. Blocks.
+fn grow_if_xfs(staged: &Staged, device: &Path) -> Result<(), Error> {
+    let read_only = staged.mount_flags.iter().any(|flag| flag == "ro");
+    match staged.fs_type {
+        Some(FsType::Xfs) if !read_only => file_system::grow_mounted(device, &staged.staging_path, FsType::Xfs),
+        _ => Ok(()),
     }
 }
 

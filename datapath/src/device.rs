@@ -12,6 +12,7 @@ use std::{
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use crate::{
     abi::{
@@ -29,6 +30,8 @@ pub(crate) const ERRANDS: [Handler; 3] = [Handler::of::<RefreshSize>(), Handler:
 const LET_GO: Duration = Duration::from_secs(10);
 /// How often a device that is in use is tried again.
 const AGAIN: Duration = Duration::from_millis(100);
+/// How often it is asked whether one is gone that nobody serves.
+const SOON: Duration = Duration::from_millis(20);
 
 /// How a volume's loop device is marked.
 fn mark(name: &str) -> String {
@@ -250,12 +253,12 @@ impl Errand for Named {
     }
 }
 
-/// Removes what a process that died left behind for this volume: its loop device and its FUSE mount. The file system on the device must
-/// be unmounted by then, or the loop device goes with its last user. Nothing left: nothing done. Blocks.
+/// Removes what a process that died left behind for this volume: its FUSE mount, and its loop devices, which it returns. The file system on one must
+/// be unmounted by then, or it goes with its last user. Nothing left: nothing done. Blocks.
 ///
 /// # Errors
 /// `Error::Io`.
-pub(crate) fn remove_leftovers(run_dir: &Path, name: &str) -> Result<(), Error> {
+pub(crate) fn remove_leftovers(run_dir: &Path, name: &str) -> Result<Vec<LoopDevice>, Error> {
     let path = run_dir.join(name);
     let attached = attached()?;
     let mut left = over(&attached, &path);
@@ -266,11 +269,25 @@ pub(crate) fn remove_leftovers(run_dir: &Path, name: &str) -> Result<(), Error> 
         left = errand::send(Named { mark: mark(name), among }).context(|| "asking loop devices for their names".into())?;
     }
     isolated(move || {
-        for device in left {
+        for device in &left {
             device.detach().context(|| format!("detaching {}", device.path().display()))?;
         }
-        remove_file(&path)
+        remove_file(&path).map(|()| left)
     })
+}
+
+/// Waits for the end of devices that were detached: a file system that was unmounted lazily may hold one a little longer.
+pub(crate) fn wait_until_gone(devices: &[LoopDevice]) {
+    let deadline = Instant::now() + LET_GO;
+    for device in devices {
+        while device.is_attached() {
+            if Instant::now() > deadline {
+                warn!(device = %device.path().display(), "it is in use still, though nobody serves it: it goes with its last user");
+                return;
+            }
+            std::thread::sleep(SOON);
+        }
+    }
 }
 
 #[cfg(test)]

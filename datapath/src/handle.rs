@@ -237,12 +237,14 @@ impl Datapath {
     }
 
     /// Removes what a process that ended left behind for this volume: its FUSE connection, its loop device and its FUSE mount. The file system
-    /// on the device must be unmounted by then, or the loop device goes with its last user. Nothing left: nothing done. Blocks.
+    /// on the device must be unmounted by then, or the loop device goes with its last user, who is waited for, for ten seconds. Nothing left: nothing
+    /// done. Blocks.
     ///
     /// # Errors
     /// `Error::Io`, `Error::Holder`.
     pub fn remove_leftovers(&self, run_dir: &Path, name: &str) -> Result<(), Error> {
-        remove_leftovers(self.holder.as_deref(), run_dir, name)
+        device::wait_until_gone(&remove_leftovers(self.holder.as_deref(), run_dir, name)?);
+        Ok(())
     }
 
     /// Ends what an earlier process served and this one cannot: every request on it fails from now on. Blocks.
@@ -295,7 +297,7 @@ impl Served {
     }
 }
 
-fn remove_leftovers(holder: Option<&Holder>, run_dir: &Path, name: &str) -> Result<(), Error> {
+fn remove_leftovers(holder: Option<&Holder>, run_dir: &Path, name: &str) -> Result<Vec<LoopDevice>, Error> {
     if let Some(holder) = holder {
         // Nobody waits for it any more from here on.
         holder.remove(name)?;

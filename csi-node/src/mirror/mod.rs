@@ -17,8 +17,6 @@ mod slow;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ffi::OsStr,
-    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -54,7 +52,7 @@ const PACE: Duration = Duration::from_millis(200);
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
 /// How long the store may take for one report.
 const REPORT: Duration = Duration::from_secs(5);
-/// How long the kernel may take to let go of a device.
+/// How long what looks after a mirror may take to end.
 const LET_GO: Duration = Duration::from_secs(10);
 
 /// Which disk each leg is on.
@@ -233,18 +231,10 @@ impl<S: Store> Node<S> {
         Ok(())
     }
 
-    /// Removes the device of a mirror whose csi-node died: the one that is on record, and any that its datapath had made before that.
-    pub(crate) async fn remove_dead_mirror(self: &Arc<Self>, uid: &str, recorded: Option<PathBuf>) -> Result<(), Error> {
+    /// Removes the device of a mirror whose csi-node died.
+    pub(crate) async fn remove_dead_mirror(self: &Arc<Self>, uid: &str) -> Result<(), Error> {
         let (node, uid) = (Arc::clone(self), uid.to_owned());
-        blocking(&uid.clone(), move || {
-            node.datapath.remove_leftovers(&node.state.run(), &uid)?;
-            // On record before anything is mounted on it.
-            if let Some(name) = recorded.as_deref().and_then(Path::file_name) {
-                wait_until_released(name);
-            }
-            Ok(())
-        })
-        .await
+        blocking(&uid.clone(), move || Ok(node.datapath.remove_leftovers(&node.state.run(), &uid)?)).await
     }
 
     async fn look_after(self: Arc<Self>, open: Arc<OpenVolume>) {
@@ -339,14 +329,5 @@ impl<S: Store> Node<S> {
             }
             _ => open.scrub_noticed(notice),
         }
-    }
-}
-
-/// A file system that was unmounted lazily may hold its device a little longer.
-fn wait_until_released(device: &OsStr) {
-    let held = || ["ext4", "xfs"].iter().any(|kind| Path::new("/sys/fs").join(kind).join(device).exists());
-    let deadline = std::time::Instant::now() + LET_GO;
-    while held() && std::time::Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(20));
     }
 }

@@ -81,7 +81,7 @@ impl<S: Store> Node<S> {
         // It was being unstaged, or staged, when its csi-node ended. An unreadable record may be its.
         for uid in held.iter().filter(|uid| all_known && !staged_ids.contains(*uid)) {
             warn!(uid, "a device that belongs to no staged volume is removed");
-            if let Err(error) = self.remove_dead_mirror(uid, None).await {
+            if let Err(error) = self.remove_dead_mirror(uid).await {
                 warn!(uid, %error, "it cannot be removed");
             }
         }

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use lockstep_native::{faulty::FaultyDisk, remove_dead_runs, run, tear_down};
+use lockstep_native::{attach_loop, faulty::FaultyDisk, remove_dead_runs, run, tear_down};
 
 const PREFIX: &str = "lockstep-csi.";
 
@@ -49,14 +49,10 @@ impl Lab {
     fn add_image(&mut self, made: &Path, used: &Path, megabytes: u64) -> usize {
         let number = self.disks.len();
         fs::File::create(made).and_then(|file| file.set_len(megabytes << 20)).expect("an image");
-        let device = self.loop_on(used);
+        let device = attach_loop(used);
         std::os::unix::fs::symlink(&device, self.path(&format!("disks/{number}"))).expect("a link");
         self.disks.push((used.to_owned(), device));
         number
-    }
-
-    fn loop_on(&self, image: &Path) -> PathBuf {
-        run("losetup", &["--find", "--show", "--direct-io=on", text(image)]).trim().into()
     }
 
     /// A path in the lab.
@@ -102,7 +98,7 @@ impl Lab {
 
     /// Plugs it in again.
     pub fn plug_disk(&mut self, number: usize) {
-        let device = self.loop_on(&self.disks[number].0);
+        let device = attach_loop(&self.disks[number].0);
         std::os::unix::fs::symlink(&device, self.path(&format!("disks/{number}"))).expect("a link");
         self.disks[number].1 = device;
     }

@@ -14,6 +14,7 @@ use std::{
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::{Mutex, Once, PoisonError},
 };
 
 use lockstep_datapath::{
@@ -70,8 +71,22 @@ pub fn program(name: &str) -> PathBuf {
     beside.unwrap_or_else(|| panic!("{name} is not built: cargo build --release -p lockstep-native"))
 }
 
-/// Removes what runs that were cut off left in the temporary directory: theirs is `prefix`, the process id, a dot, anything.
+/// A loop device that was detached is another's at once, under the same name: whoever looks for some to detach has nobody of this process beside him.
+static LOOPS: Mutex<()> = Mutex::new(());
+
+/// A loop device over an image.
+pub fn attach_loop(image: &Path) -> PathBuf {
+    let _alone = LOOPS.lock().unwrap_or_else(PoisonError::into_inner);
+    run("losetup", &["--find", "--show", "--direct-io=on", text(image)]).trim().into()
+}
+
+/// Removes what runs that were cut off left in the temporary directory, once in a process: theirs is `prefix`, the process id, a dot, anything.
 pub fn remove_dead_runs(prefix: &str) {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| look_for_dead_runs(prefix));
+}
+
+fn look_for_dead_runs(prefix: &str) {
     for entry in fs::read_dir(std::env::temp_dir()).expect("the temporary directory").flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let pid = name.strip_prefix(prefix).and_then(|rest| rest.split('.').next().map(str::to_owned));
@@ -97,13 +112,22 @@ pub fn tear_down(dir: &Path) {
 }
 
 fn detach_loops(dir: &Path) {
+    let _alone = LOOPS.lock().unwrap_or_else(PoisonError::into_inner);
     for line in run("losetup", &["--list", "--noheadings", "--output", "NAME,BACK-FILE"]).lines() {
         if let Some((device, file)) = line.trim().split_once(char::is_whitespace)
             && Path::new(file.trim()).starts_with(dir)
+            && still_over(device, file.trim())
         {
             succeeds("losetup", &["-d", device]);
         }
     }
+}
+
+/// csi-node attaches some too, at any moment.
+fn still_over(device: &str, file: &str) -> bool {
+    let name = device.trim_start_matches("/dev/");
+    let over = fs::read_to_string(format!("/sys/block/{name}/loop/backing_file")).unwrap_or_default();
+    over.trim_end_matches('\n') == file
 }
 
 impl Rig {
@@ -124,14 +148,14 @@ impl Rig {
         let number = self.disks.len();
         let image = self.dir.path().join(format!("disk{number}.img"));
         fs::File::create(&image).and_then(|file| file.set_len(megabytes << 20)).expect("an image");
-        let device = run("losetup", &["--find", "--show", "--direct-io=on", text(&image)]).trim().to_owned();
+        let device = attach_loop(&image);
         // A run that was cut off may have left limits behind.
-        limit(Path::new(&device), 0, 0);
-        run("mkfs.xfs", &["-q", "-K", &device]);
+        limit(&device, 0, 0);
+        run("mkfs.xfs", &["-q", "-K", text(&device)]);
         let mount = self.dir.path().join(format!("mnt{number}"));
         fs::create_dir(&mount).expect("a mount point");
-        run("mount", &[&device, text(&mount)]);
-        self.disks.push(Disk { device: device.into(), mount });
+        run("mount", &[text(&device), text(&mount)]);
+        self.disks.push(Disk { device, mount });
     }
 
     /// Gives each disk a limit of its own, as real disks have: bytes and operations a second, reads and writes apart. `false`: this kernel

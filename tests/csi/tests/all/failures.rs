@@ -485,7 +485,7 @@ async fn csi_node_can_be_killed_at_any_moment_of_stage_and_unstage() {
             driver.start_node().await;
             let begun = Instant::now();
             place.down(&driver.client).await.unwrap_or_else(|error| panic!("round {round}, up {up}: {error}"));
-            // So long csi-node waits for what lets go of a device. Nobody has it here.
+            // csi-node waits ten seconds for a file system to let go of a device. None has it here.
             assert!(begun.elapsed() < Duration::from_secs(10), "round {round}, up {up}: down after {:?}", begun.elapsed());
         }
     }
