@@ -131,7 +131,7 @@ async fn a_call_that_was_cut_off_anywhere_is_done_by_the_same_call_again() {
     driver.stop();
 }
 
-/// A program that csi-node runs: while a file beside it says when, it is killed so many seconds after it began, and whoever waits for it sees that.
+/// A program that csi-node runs: while a file beside it says when, it is killed so many seconds after it began, or before, and whoever waits for it sees that.
 struct Killed<'a> {
     lab: &'a Lab,
     name: &'static str,
@@ -144,7 +144,7 @@ impl<'a> Killed<'a> {
         let (after, ends, program) = (killed.at("after"), killed.at("ends"), lab.path("programs").join(name));
         let script = format!(
             "#!/bin/sh\nPATH=${{PATH#*:}}\nafter=$(cat {after} 2>/dev/null) || exec {name} \"$@\"\nrm {after}\n\
-             {name} \"$@\" & sleep $after; kill -KILL $!; wait $!; echo $? >>{ends}; kill -KILL $$\n"
+             [ $after = first ] && kill -KILL $$\n{name} \"$@\" & sleep $after; kill -KILL $!; wait $!; echo $? >>{ends}; kill -KILL $$\n"
         );
         fs::write(&program, script).unwrap();
         run("chmod", &["+x", text(&program)]);
@@ -158,6 +158,11 @@ impl<'a> Killed<'a> {
     /// The next time it runs.
     fn after(&self, millis: u64) {
         fs::write(self.at("after"), format!("0.{millis:03}")).unwrap();
+    }
+
+    /// The next time, before it has done anything.
+    fn first(&self) {
+        fs::write(self.at("after"), "first").unwrap();
     }
 
     /// How often it was killed before its end.
@@ -192,10 +197,18 @@ async fn an_expansion_whose_xfs_growfs_was_killed_is_done_by_the_same_call_again
         assert!(size(&xfs).await > before + (50 << 20), "killed after {millis} ms");
         assert_eq!(fs::read_to_string(xfs.target.join("f")).unwrap(), "kept");
     }
+    // A stage that is repeated does it too.
+    client.controller_expand(&xfs.id, 768 * MIB).await.unwrap();
+    xfs_growfs.first();
+    let before = size(&xfs).await;
+    client.node_expand(&xfs.id, &xfs.target, 768 * MIB).await.unwrap_err();
+    assert_eq!(size(&xfs).await, before);
+    client.stage(&xfs.id, &xfs.staging, Some("xfs")).await.unwrap();
+    has_grown(&driver, &xfs, 768 * MIB).await;
     // It grows when it is staged, too. Nothing is half-staged after an error: no call to unstage would follow.
     xfs.down(&client).await.unwrap();
     client.controller_expand(&xfs.id, 800 * MIB).await.unwrap();
-    xfs_growfs.after(0);
+    xfs_growfs.first();
     let failed = client.stage(&xfs.id, &xfs.staging, Some("xfs")).await.unwrap_err();
     assert!(failed.message().contains("xfs_growfs"), "{failed}");
     done(Call::Unstage, &lab, &driver, &xfs).await;
