@@ -279,14 +279,14 @@ pub(crate) fn remove_leftovers(run_dir: &Path, name: &str) -> Result<Vec<LoopDev
 /// Waits for the end of devices that were detached: a file system that was unmounted lazily may hold one a little longer.
 pub(crate) fn wait_until_gone(devices: &[LoopDevice]) {
     let deadline = Instant::now() + LET_GO;
-    for device in devices {
-        while device.is_attached() {
-            if Instant::now() > deadline {
-                warn!(device = %device.path().display(), "it is in use still, though nobody serves it: it goes with its last user");
-                return;
-            }
-            std::thread::sleep(SOON);
+    // What cannot be looked for is not waited for.
+    let still_there = || attached().unwrap_or_default().into_iter().map(|found| found.device).find(|device| devices.contains(device));
+    while let Some(device) = still_there() {
+        if Instant::now() > deadline {
+            warn!(device = %device.path().display(), "it is in use still, though nobody serves it: it goes with its last user");
+            return;
         }
+        std::thread::sleep(SOON);
     }
 }
 

@@ -173,12 +173,6 @@ impl LoopDevice {
         Ok(attribute(&self.path, "queue/write_cache")? == "write back")
     }
 
-    /// Whether it is attached still.
-    pub(crate) fn is_attached(&self) -> bool {
-        let bound = self.path.file_name().is_some_and(|name| Path::new("/sys/block").join(name).join("loop").exists());
-        bound && Self::at(self.path.clone()) == *self
-    }
-
     /// Detaches it. In use: the kernel does so when the last user is gone. Not attached any more: fine.
     pub(crate) fn detach(&self) -> io::Result<()> {
         self.clear(&open(&self.path)?)

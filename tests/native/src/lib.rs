@@ -14,7 +14,7 @@ use std::{
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{Mutex, Once, PoisonError},
+    sync::{Mutex, PoisonError},
 };
 
 use lockstep_datapath::{
@@ -80,13 +80,8 @@ pub fn attach_loop(image: &Path) -> PathBuf {
     run("losetup", &["--find", "--show", "--direct-io=on", text(image)]).trim().into()
 }
 
-/// Removes what runs that were cut off left in the temporary directory, once in a process: theirs is `prefix`, the process id, a dot, anything.
+/// Removes what runs that were cut off left in the temporary directory: theirs is `prefix`, the process id, a dot, anything.
 pub fn remove_dead_runs(prefix: &str) {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| look_for_dead_runs(prefix));
-}
-
-fn look_for_dead_runs(prefix: &str) {
     for entry in fs::read_dir(std::env::temp_dir()).expect("the temporary directory").flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let pid = name.strip_prefix(prefix).and_then(|rest| rest.split('.').next().map(str::to_owned));
