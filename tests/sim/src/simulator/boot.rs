@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 
 use lockstep_core::{
-    COPY_WINDOW,
     assembly::{Assembly, Limits, Refusal, assemble},
     io::{Effects, Request},
     membership::{MemberState, Record},
@@ -186,6 +185,7 @@ impl Machine {
         self.asked.clear();
         self.answers.clear();
         self.buffers.clear();
+        self.copies.clear();
         self.mirror = None;
         self.status = NOT_YET;
     }
@@ -315,7 +315,6 @@ impl Machine {
         self.place = assembled.slots.map(|found| found.map(|found| order[found]));
         self.status = assembled.mirror.status();
         self.mirror = Some(assembled.mirror);
-        self.copies = (0..COPY_WINDOW).map(|_| self.allocate(Vec::new())).collect();
         let place = self.place;
         self.tell(|| format!("> assembled from {order:?}, at {place:?}"));
         if self.status.blocks < self.published {

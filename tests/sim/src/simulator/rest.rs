@@ -61,6 +61,10 @@ impl Machine {
         if self.status.behind > 0 {
             self.breaks("every request ends", "all is quiet, and writes are behind");
         }
+        if !self.copies.is_empty() || !self.buffers.is_empty() {
+            let live = format!("{:?}, and {:?} of the mirror's own", self.buffers.keys(), self.copies.keys());
+            self.breaks("bounds", format!("all is quiet, and buffers are in use: {live}"));
+        }
         self.copies_may_wait = false;
         if self.is_healthy() {
             let blocks: BTreeSet<u64> = self.disks.iter().flat_map(Disk::blocks).collect();

@@ -89,7 +89,8 @@ impl Machine {
                     let memory = self.allocate(vec![u64::MAX; blocks]);
                     self.buffers.insert(tag, memory);
                 }
-                Effect::ReleaseCopy { index } => self.copies[index as usize] = self.allocate(Vec::new()),
+                // One that nothing named has no memory yet.
+                Effect::ReleaseCopy { index } => drop(self.copies.remove(&index)),
                 Effect::Notice(notice) => self.notice(&notice),
             }
         }
@@ -147,6 +148,13 @@ impl Machine {
             },
             _ => Vec::new(),
         };
+        if let LegOp::Read { buffer: Buffer::Copy { index, .. }, .. } = op
+            && !self.copies.contains_key(&index)
+        {
+            let memory = self.allocate(Vec::new());
+            self.copies.insert(index, memory);
+            self.check("bounds", bounds::own_buffers(self.copies.keys()));
+        }
         let memory = match &op {
             LegOp::Read { buffer, .. } | LegOp::Write { buffer, .. } => match self.named(*buffer) {
                 Some((memory, _)) => *memory,
@@ -217,7 +225,7 @@ impl Machine {
     fn named(&self, buffer: Buffer) -> Option<&Memory> {
         match buffer {
             Buffer::Request { tag, .. } => self.buffers.get(&tag),
-            Buffer::Copy { index, .. } => self.copies.get(index as usize),
+            Buffer::Copy { index, .. } => self.copies.get(&index),
         }
     }
 
@@ -350,7 +358,7 @@ impl Machine {
                 let values: Vec<u64> = (range.start..range.end).map(|block| self.disks[disk].read(block)).collect();
                 let (target, skip) = match buffer {
                     Buffer::Request { tag, skip } => (self.buffers.get_mut(tag), *skip as usize),
-                    Buffer::Copy { index, skip } => (self.copies.get_mut(*index as usize), *skip as usize),
+                    Buffer::Copy { index, skip } => (self.copies.get_mut(index), *skip as usize),
                 };
                 // Memory that nobody names any more takes what a late read brings.
                 let named = target.filter(|(memory, _)| *memory == work.memory);
