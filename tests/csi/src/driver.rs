@@ -51,11 +51,9 @@ pub struct Driver<S = Directory> {
     starter: Vec<String>,
 }
 
-/// A binary that was built beside this one, or, for a test, one directory up.
+/// csi-node, csi-controller or fuse-holder: that of the images, in the directory `PROGRAMS`, or what was built beside this program.
 pub fn program(name: &str) -> PathBuf {
-    let own = std::env::current_exe().expect("our own path");
-    let beside = own.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file());
-    beside.unwrap_or_else(|| panic!("{name} is not built: cargo build --release -p lockstep-{name}"))
+    std::env::var_os("PROGRAMS").map_or_else(|| lockstep_native::program(name), |dir| Path::new(&dir).join(name))
 }
 
 /// Ends with us, whatever happens to us; its log is appended to a file.

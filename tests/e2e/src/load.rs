@@ -126,7 +126,8 @@ pub fn restart_database() -> anyhow::Result<u64> {
     kubectl(&["scale", "statefulset", "-n", USER, DATABASE, "--replicas=0"])?;
     // The last lines come when it ends; they are read while the pod is still there.
     let mut acknowledged = 0;
-    until("the database ends", 60, || {
+    // Where the API was away the kubelet looks for it again after up to a minute.
+    until("the database ends", 120, || {
         match commits(0) {
             Ok(commits) => acknowledged = acknowledged.max(commits.last),
             Err(_) => return Ok(kubectl(&["get", "pod", "-n", USER, POD]).is_err().then_some(())),

@@ -68,7 +68,7 @@ pub fn text(path: &Path) -> &str {
 pub fn program(name: &str) -> PathBuf {
     let own = std::env::current_exe().expect("our own path");
     let beside = own.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file());
-    beside.unwrap_or_else(|| panic!("{name} is not built: cargo build --release -p lockstep-native"))
+    beside.unwrap_or_else(|| panic!("{name} is not built beside {}", own.display()))
 }
 
 /// A loop device that was detached is another's at once, under the same name: whoever looks for some to detach has nobody of this process beside him.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use lockstep_csi_tests::{
-    driver::{Driver, NODE, until},
+    driver::{Driver, NODE, program, until},
     lab::{Lab, text},
 };
 use lockstep_native::run;
@@ -85,9 +85,7 @@ struct Doomed(Child);
 impl Doomed {
     fn start(lab: &Lab) -> Self {
         let at = |name: &str| text(&lab.path("driver").join(name)).to_owned();
-        let own = std::env::current_exe().expect("our own path");
-        let program = own.ancestors().skip(1).map(|dir| dir.join("csi-node")).find(|path| path.is_file()).expect("csi-node is built");
-        let mut command = Command::new(program);
+        let mut command = Command::new(program("csi-node"));
         command.args(["--endpoint", &format!("unix://{}", at("node.sock")), "--node-name", NODE, "--config", &at("node.yaml")]);
         command.args(["--state-dir", &at("state"), "--objects", &at("objects")]).process_group(0);
         let system = std::env::var("PATH").unwrap_or_default();

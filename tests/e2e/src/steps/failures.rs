@@ -180,7 +180,10 @@ pub fn without_api() -> anyhow::Result<String> {
     let (uid, added, before) = (text(&volume, "/metadata/uid"), text(&volume, ADDED), events(CLAIM, "MirrorDegraded")?);
     let disk = second_disk(&volume)?;
     let what = under_load(|| {
-        tool("component", &["kube-apiserver", "KILL"])?;
+        // The others end by themselves where they elect a leader, and come back with the API. Here they would look for it again up to a minute later.
+        for name in ["kube-apiserver", "kube-controller-manager", "kube-scheduler"] {
+            tool("component", &[name, "KILL"])?;
+        }
         let back = Instant::now() + Duration::from_secs(120);
         sleep(Duration::from_secs(5));
         fail_disk(&disk)?;
@@ -193,6 +196,9 @@ pub fn without_api() -> anyhow::Result<String> {
             tool("component", &["kube-apiserver"])?;
             until("the API is back", 60, || kubectl(&["get", "--raw", "/readyz"]).map(Some)).map(drop)
         })?;
+        for name in ["kube-controller-manager", "kube-scheduler"] {
+            tool("component", &[name])?;
+        }
         let degraded = until_health(CLAIM, "Degraded", 90)?;
         ensure!(text(&degraded, "/metadata/uid") == uid, "it is another volume");
         Ok("another one serves, and failed over without the API".into())

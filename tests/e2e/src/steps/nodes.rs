@@ -26,9 +26,9 @@ const TAINT: &str = "e2e";
 static PROCESS: Mutex<Option<Child>> = Mutex::new(None);
 
 fn start() -> anyhow::Result<()> {
-    let program = std::env::var_os("CSI_NODE").context("CSI_NODE: run tests/e2e/run")?;
+    let programs = std::env::var_os("PROGRAMS").context("PROGRAMS: run tests/e2e/run")?;
     let dir = Path::new(DIR);
-    let mut command = Command::new(program);
+    let mut command = Command::new(Path::new(&programs).join("csi-node"));
     command.args(["--node-name", NODE, "--endpoint", &format!("unix://{DIR}/csi.sock"), "--state-dir", &format!("{DIR}/state")]);
     command.args(["--config", &format!("{DIR}/node.yaml"), "--kubeconfig", &format!("{DIR}/kubeconfig")]);
     let log = File::options().create(true).append(true).open(dir.join("log"))?;
