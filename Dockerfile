@@ -5,10 +5,16 @@
 FROM rust:1-trixie AS builder
 WORKDIR /src
 COPY . .
+# cargo tells by the time of a file whether it has changed since the build before, which another clone may have made: what differs from that one's is copied
+# anew, with the time of now, and nothing else.
 # Static: two of the images have no libraries. Where a target is named, its flags are not those of macros and build scripts, which cannot be static.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
-    --mount=type=cache,target=/target \
-    export CARGO_TARGET_DIR=/target host=$(rustc -vV | sed -n 's/^host: //p') \
+    --mount=type=cache,target=/target,sharing=locked \
+    mkdir -p /target/src \
+    && (cd /target/src && find . -type f ! -exec test -f '/src/{}' ';' -delete) \
+    && find . -type f ! -exec cmp -s '{}' '/target/src/{}' ';' -print0 | xargs -0r cp --parents -t /target/src \
+    && cd /target/src \
+    && export CARGO_TARGET_DIR=/target host=$(rustc -vV | sed -n 's/^host: //p') \
     && RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --target "$host" \
         -p lockstep-csi-controller -p lockstep-csi-node -p lockstep-fuse-holder \
     && install -D -t /out "/target/$host/release/csi-controller" "/target/$host/release/csi-node" "/target/$host/release/fuse-holder"

@@ -40,10 +40,10 @@ cargo-mutants: ## Break range lock, bitmap, superblock and membership in every w
 native: ## The datapath on loop disks with XFS, under fio (needs root)
 	tests/run native
 
-csi: ## Both binaries on loop disks: tests of calls, failures, bad input, and csi-sanity (needs root)
+csi: ## The images' programs on loop disks: tests of calls, failures, bad input, and csi-sanity (needs root)
 	tests/run csi
 
-cluster: ## The same binaries on a real Kubernetes API, which is built from its Go modules first (needs root and Go)
+cluster: ## The same on a real Kubernetes API, which is built from its Go modules first (needs root and Go)
 	tests/run cluster
 
 image: ## The images of the Dockerfile, by buildah from local bases, as OCI archives (needs root)

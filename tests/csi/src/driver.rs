@@ -51,9 +51,9 @@ pub struct Driver<S = Directory> {
     starter: Vec<String>,
 }
 
-/// csi-node, csi-controller or fuse-holder: that of the images, in the directory `PROGRAMS`, or what was built beside this program.
+/// csi-node, csi-controller or fuse-holder: in the directory `PROGRAMS`.
 pub fn program(name: &str) -> PathBuf {
-    std::env::var_os("PROGRAMS").map_or_else(|| lockstep_native::program(name), |dir| Path::new(&dir).join(name))
+    Path::new(&std::env::var_os("PROGRAMS").expect("PROGRAMS: run tests/csi/run")).join(name)
 }
 
 /// Ends with us, whatever happens to us; its log is appended to a file.

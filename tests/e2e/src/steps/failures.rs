@@ -174,6 +174,16 @@ pub fn commits_kept() -> anyhow::Result<String> {
     Ok(format!("{} commits", load::restart_database()?))
 }
 
+fn disk_and_csi_node_fail(disk: &str) -> anyhow::Result<()> {
+    sleep(Duration::from_secs(5));
+    fail_disk(disk)?;
+    sleep(Duration::from_secs(5));
+    let node = csi_node()?;
+    crate::cluster::run("kill", &["-KILL", &node.to_string()])?;
+    until("another csi-node runs", 60, || Ok(csi_node().ok().filter(|pid| *pid != node)))?;
+    Ok(())
+}
+
 pub fn without_api() -> anyhow::Result<String> {
     until_health(CLAIM, "Healthy", 60)?;
     let volume = volume_of(CLAIM)?;
@@ -185,20 +195,18 @@ pub fn without_api() -> anyhow::Result<String> {
             tool("component", &[name, "KILL"])?;
         }
         let back = Instant::now() + Duration::from_secs(120);
-        sleep(Duration::from_secs(5));
-        fail_disk(&disk)?;
-        sleep(Duration::from_secs(5));
-        let node = csi_node()?;
-        crate::cluster::run("kill", &["-KILL", &node.to_string()])?;
-        until("another csi-node runs", 60, || Ok(csi_node().ok().filter(|pid| *pid != node)))?;
+        let happened = disk_and_csi_node_fail(&disk);
         sleep(back.saturating_duration_since(Instant::now()));
-        while_api_starts(|| {
+        let started = while_api_starts(|| {
             tool("component", &["kube-apiserver"])?;
             until("the API is back", 60, || kubectl(&["get", "--raw", "/readyz"]).map(Some)).map(drop)
-        })?;
+        });
+        // Also where that went wrong: the next steps need them.
         for name in ["kube-controller-manager", "kube-scheduler"] {
             tool("component", &[name])?;
         }
+        happened?;
+        started?;
         let degraded = until_health(CLAIM, "Degraded", 90)?;
         ensure!(text(&degraded, "/metadata/uid") == uid, "it is another volume");
         Ok("another one serves, and failed over without the API".into())

@@ -30,11 +30,6 @@ pub fn in_flight(leg: InFlight, requests: u64, pages: u64) -> Result<(), String>
     if within { Ok(()) } else { Err(format!("{leg:?} on one leg for {requests} requests")) }
 }
 
-/// The mirror's own buffers that are in use, by their names.
-pub fn own_buffers<'a>(mut in_use: impl Iterator<Item = &'a u8>) -> Result<(), String> {
-    in_use.find(|index| **index >= COPY_WINDOW).map_or(Ok(()), |index| Err(format!("buffer {index} of {COPY_WINDOW}")))
-}
-
 /// What the mirror says of itself, against what it was asked.
 pub fn status(pending: u64, requests: u64, dirty: u64, regions: u64) -> Result<(), String> {
     if pending > requests {
