@@ -9,9 +9,9 @@ COPY . .
 # anew, with the time of now, and nothing else.
 # Static: two of the images have no libraries. Where a target is named, its flags are not those of macros and build scripts, which cannot be static.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
-    --mount=type=cache,target=/target,sharing=locked \
+    --mount=type=cache,id=lockstep-by-content,target=/target,sharing=locked \
     mkdir -p /target/src \
-    && (cd /target/src && find . -type f ! -exec test -f '/src/{}' ';' -delete) \
+    && (cd /target/src && find . -type f ! -exec test -f '/src/{}' ';' -delete && find . -mindepth 1 -type d -empty -delete) \
     && find . -type f ! -exec cmp -s '{}' '/target/src/{}' ';' -print0 | xargs -0r cp --parents -t /target/src \
     && cd /target/src \
     && export CARGO_TARGET_DIR=/target host=$(rustc -vV | sed -n 's/^host: //p') \

@@ -1,6 +1,9 @@
 //! The calls that Kubernetes makes.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
 use hyper_util::rt::TokioIo;
 use lockstep_proto::csi::{
@@ -197,9 +200,16 @@ impl Place {
         client.publish(&self.id, &self.staging, &self.target, self.fs_type).await
     }
 
-    /// Unpublishes and unstages it.
+    /// Unpublishes and unstages it. A file of it that a test had open may be open a moment longer, in a child that is being started for another test: where it
+    /// is busy it is asked again, as the kubelet does.
     pub async fn down(&self, client: &Client) -> Result<(), Status> {
-        client.unpublish(&self.id, &self.target).await?;
+        let patience = Instant::now() + Duration::from_secs(5);
+        while let Err(error) = client.unpublish(&self.id, &self.target).await {
+            if !error.message().contains("os error 16") || Instant::now() > patience {
+                return Err(error);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
         client.unstage(&self.id, &self.staging).await
     }
 }

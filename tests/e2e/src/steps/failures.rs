@@ -191,9 +191,7 @@ pub fn without_api() -> anyhow::Result<String> {
     let disk = second_disk(&volume)?;
     let what = under_load(|| {
         // The others end by themselves where they elect a leader, and come back with the API. Here they would look for it again up to a minute later.
-        for name in ["kube-apiserver", "kube-controller-manager", "kube-scheduler"] {
-            tool("component", &[name, "KILL"])?;
-        }
+        let ended = ["kube-apiserver", "kube-controller-manager", "kube-scheduler"].map(|name| tool("component", &[name, "KILL"]));
         let back = Instant::now() + Duration::from_secs(120);
         let happened = disk_and_csi_node_fail(&disk);
         sleep(back.saturating_duration_since(Instant::now()));
@@ -202,11 +200,10 @@ pub fn without_api() -> anyhow::Result<String> {
             until("the API is back", 60, || kubectl(&["get", "--raw", "/readyz"]).map(Some)).map(drop)
         });
         // Also where that went wrong: the next steps need them.
-        for name in ["kube-controller-manager", "kube-scheduler"] {
-            tool("component", &[name])?;
-        }
+        let others = ["kube-controller-manager", "kube-scheduler"].map(|name| tool("component", &[name]));
         happened?;
         started?;
+        ended.into_iter().chain(others).collect::<Result<Vec<_>, _>>()?;
         let degraded = until_health(CLAIM, "Degraded", 90)?;
         ensure!(text(&degraded, "/metadata/uid") == uid, "it is another volume");
         Ok("another one serves, and failed over without the API".into())

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use lockstep_core::{
-    Mirror,
+    COPY_WINDOW, Mirror,
     format::{self, REGION_BLOCKS, bitmap_pages},
     io::{Buffer, Effect, Effects, LegOp, Notice, Outcome},
     membership::MemberState,
@@ -149,6 +149,7 @@ impl Machine {
             _ => Vec::new(),
         };
         if let LegOp::Read { buffer: Buffer::Copy { index, .. }, .. } = op
+            && index < COPY_WINDOW
             && !self.copies.contains_key(&index)
         {
             let memory = self.allocate(Vec::new());
