@@ -12,7 +12,10 @@ use lockstep_csi_tests::{
     driver::{Driver, until},
     lab::{Lab, text},
 };
-use lockstep_proto::{crds, objects::MirrorVolume};
+use lockstep_proto::{
+    crds,
+    objects::{DiskPhase, LocalDisk, LocalDiskStatus, MirrorVolume},
+};
 use lockstep_store::{Kubernetes, Store};
 use tonic::Status;
 
@@ -81,6 +84,12 @@ impl Rig {
         self.mounts().filter_map(|mount| Some(mount.file_name()?.to_string_lossy().into_owned())).collect()
     }
 
+    /// What is said of this lab's disks: others have left disks of their own in this API.
+    async fn disks(&self) -> Vec<LocalDiskStatus> {
+        let own = |disk: &LocalDisk| disk.metadata.name.as_ref().is_some_and(|name| self.names().contains(name));
+        self.driver.disks().await.into_iter().filter(own).filter_map(|disk| disk.status).collect()
+    }
+
     async fn volumes(&self) -> Vec<MirrorVolume> {
         store().await.list().await.expect("the API").objects
     }
@@ -98,6 +107,8 @@ async fn after_any_number_of_writes_each_may_die_and_a_volume_is_made_and_remove
     let objects = proxies.each_ref().map(|proxy| ["--kubeconfig".into(), text(&proxy.kubeconfig).into()]);
     let driver = Driver::start_with(&lab, store().await, objects).await;
     let mut rig = Rig { lab, driver, proxies };
+    let usable = async || rig.disks().await.iter().filter(|disk| disk.phase == DiskPhase::Ready).count() == rig.lab.disks();
+    until("both disks can be used", || async { usable().await.then_some(()) }).await;
     let ways = [Who::Controller, Who::Node].into_iter().flat_map(|who| [(who, Lost::Answer), (who, Lost::Write)]);
     for (who, lost) in ways {
         let (mut created, mut deleted) = (0, 0);
@@ -123,11 +134,7 @@ async fn after_any_number_of_writes_each_may_die_and_a_volume_is_made_and_remove
         println!("{who:?} died {created} times while a volume was made, and {deleted} while one was removed; lost: {lost:?}");
         assert!((1..MOST).contains(&created) && (1..MOST).contains(&deleted), "{created} and {deleted}");
     }
-    // Others have left disks of their own in this API.
-    let free = async || {
-        let disks = rig.driver.disks().await.into_iter().filter(|disk| rig.names().contains(disk.metadata.name.as_ref().unwrap()));
-        disks.into_iter().all(|disk| disk.status.is_some_and(|status| status.allocated_bytes == 0))
-    };
+    let free = async || rig.disks().await.iter().all(|disk| disk.allocated_bytes == 0);
     until("all space is free", || async { free().await.then_some(()) }).await;
     rig.driver.stop();
 }
